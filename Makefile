@@ -1,0 +1,52 @@
+# make help lists the targets.  PY= uses another interpreter than .venv/bin/python (and then sets nothing up).
+SHELL := /bin/bash
+VENV := .venv/bin/python
+PY ?= $(VENV)
+OUT ?= data/imagenet
+BETON ?= data/imagenet/train.beton
+# what runs Python sets up first, but only where there is no .venv at all: an environment in use is never changed by a test
+READY := $(if $(filter $(VENV),$(PY)),$(if $(wildcard .venv),,setup))
+COMPILE := uv pip compile -q --universal --python-version 3.10 --no-annotate --custom-compile-command "make lock"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup report demo test test-all lint lock convert-imagenet bench gpu-check eval-knn
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1|/' | while IFS='|' read -r name text; do printf '  %-18s%s\n' "$$name" "$$text"; done
+
+setup:  ## build .venv from the pinned requirements    [TORCH=2.7.1 for CUDA 12.6] [PYTHON=python3.12]
+	@TORCH="$(TORCH)" PYTHON="$(PYTHON)" bash scripts/setup.sh
+
+report: $(READY)  ## what this environment can do, looked up again
+	@$(PY) scripts/report.py
+
+demo: $(if $(filter $(VENV),$(PY)),setup)  ## tiles -> .beton -> a few minutes of LEWEL -> k-NN    [DEMO_DATA=DIR of class folders]
+	@$(PY) scripts/demo.py $(if $(DEMO_DATA),--data "$(DEMO_DATA)")
+
+test: $(READY)  ## the tests, without the slow ones
+	@$(PY) -m pytest -m "not slow and not gpu"
+
+test-all: $(READY)  ## every test that needs no GPU
+	@$(PY) -m pytest -m "not gpu"
+
+lint: $(READY)  ## ruff
+	@$(PY) -m ruff check -q . && $(PY) -m ruff format -q --check . && bash -n scripts/setup.sh .ci/run scripts/slurm/*.sh
+
+lock:  ## compile requirements*.txt from requirements.in (needs uv)
+	@$(COMPILE) requirements.in -o requirements.txt
+	@$(COMPILE) requirements.in --override <(printf 'torch==2.7.1\ntorchvision==0.22.1\n') -o requirements-torch27.txt
+	@$(COMPILE) -c requirements.txt <(echo nvidia-dali-cuda120==2.4.0) -o requirements-dali.txt
+
+convert-imagenet: $(if $(IMAGENET),$(READY))  ## train/ and val/ class folders -> .beton, once    IMAGENET=DIR [OUT=data/imagenet]
+	@test -n "$(IMAGENET)" || { echo "Say where ImageNet is (the folder with train/ and val/): make convert-imagenet IMAGENET=/data/ILSVRC2012" >&2; exit 2; }
+	@$(PY) -m convert.imagenet "$(IMAGENET)" --out "$(OUT)"
+
+bench: $(READY)  ## what the loader reaches, next to its ceiling    [BETON=data/imagenet/train.beton]
+	@$(PY) -m fastssl.bench loader "$(BETON)"
+
+gpu-check: $(READY)  ## GPU tests and benchmarks, one JSON in benchmarks/results; without CUDA it says so    [BETON=]
+	@$(PY) scripts/gpu_check.py $(if $(filter command line environment,$(origin BETON)),--beton "$(BETON)")
+
+eval-knn: $(if $(CHECKPOINT),$(READY))  ## k-NN of a backbone    CHECKPOINT=FILE [DATA=data/imagenet]
+	@test -n "$(CHECKPOINT)" || { echo "Say which backbone: make eval-knn CHECKPOINT=runs/NAME/checkpoint_last.pt" >&2; exit 2; }
+	@$(PY) -m eval.knn --checkpoint "$(CHECKPOINT)" $(if $(DATA),--data "$(DATA)")

@@ -1,0 +1,1 @@
+"""Evaluations that state their protocol."""

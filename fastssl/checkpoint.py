@@ -1,0 +1,170 @@
+"""Checkpoints: written atomically, of raw modules, and refused with a reason when they do not fit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+
+from fastssl.config import to_dict
+
+if TYPE_CHECKING:
+    from fastssl.engine import State
+
+FORMAT = "fastssl-1"
+LAST = "checkpoint_last.pt"
+
+
+class CheckpointError(RuntimeError):
+    """The checkpoint cannot be written or used; the message says what to do."""
+
+
+def versions() -> dict[str, str]:
+    """Versions and commit that a result depends on."""
+    import torchvision
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "cuda": str(torch.version.cuda),
+        "commit": commit or "unknown",
+        "device": device,
+    }
+
+
+def contents(state: State) -> dict:
+    """What a checkpoint holds; readable with torch.load(weights_only=True)."""
+    method = state.method
+    return {
+        "format": FORMAT,
+        "method": state.cfg.method.name,
+        "preset": state.cfg.preset,
+        "config": to_dict(state.cfg),
+        "versions": versions(),
+        "step": state.step,
+        "steps_per_epoch": state.steps_per_epoch,
+        "backbone_prefix": method.backbone_prefix,
+        "target_backbone_prefix": method.target_backbone_prefix,
+        "model": method.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "metrics": state.metrics.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
+
+
+def save(state: State, folder: Path, *, keep: bool = False) -> Path:
+    """Write checkpoint_last.pt and backbone.safetensors; with `keep` also checkpoint_epNNNN.pt (a hard link where possible).
+
+    The file appears under its name only when complete.  Raises CheckpointError, and leaves the previous checkpoint, when the
+    disk is full.
+    """
+    last = folder / LAST
+    try:
+        atomic_save(contents(state), last)
+        backbone = {k: v.contiguous() for k, v in state.method.backbone.state_dict().items()}
+        temporary = folder / "backbone.partial"
+        save_file(backbone, temporary, metadata={"arch": state.cfg.model.arch, "preset": state.cfg.preset, "step": str(state.step)})
+        temporary.replace(folder / "backbone.safetensors")
+        if keep:
+            kept = folder / f"checkpoint_ep{round(state.step / state.steps_per_epoch):04d}.pt"
+            kept.unlink(missing_ok=True)
+            try:
+                os.link(last, kept)
+            except OSError:
+                shutil.copyfile(last, kept)
+    except OSError as error:
+        for left in folder.glob("*.partial"):
+            left.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"Could not write a checkpoint of step {state.step} to {folder}: {error}. The previous checkpoint is untouched. "
+            f"Free some space and continue with --train.resume auto."
+        ) from error
+    return last
+
+
+def atomic_save(value: dict, path: Path) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("wb") as f:
+        try:
+            torch.save(value, f)
+        except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
+            raise OSError(str(error).splitlines()[0]) from error
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+def check_free_space(state: State, folder: Path) -> None:
+    """Raise CheckpointError before the first step when two checkpoints would not fit."""
+    weights = sum(t.numel() * t.element_size() for t in state.method.state_dict().values())
+    need = 2 * (weights + sum(p.numel() * p.element_size() for p in state.method.parameters() if p.requires_grad))
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise CheckpointError(
+            f"{folder} has {free / 2**30:.1f} GiB free, and two checkpoints of this run need {need / 2**30:.1f} GiB. "
+            f"Free some space or choose another disk with --log.dir DIR."
+        )
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint of ours.  CheckpointError when it is missing, cut short or something else."""
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint at {path}. Give the path of a checkpoint_last.pt, or --train.resume auto.")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}). Use an older one.") from error
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a fastssl training checkpoint. Evaluations read foreign weights; training does not.")
+    return saved
+
+
+def check_method(saved: dict, path: Path, name: str) -> None:
+    if saved["method"] != name:
+        raise CheckpointError(
+            f"{path} is a checkpoint of the method '{saved['method']}' (preset {saved['preset']}), this run trains "
+            f"'{name}'. Resume it with --preset {saved['preset']}, or start this run in another folder (--log.name)."
+        )
+
+
+def load_weights(method: torch.nn.Module, saved: dict, path: Path) -> None:
+    try:
+        method.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        first = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise CheckpointError(
+            f"{path} does not fit this model ({first}). Its architecture was set by preset {saved['preset']}: use the same model and "
+            f"method flags, or start a new run."
+        ) from error
+
+
+def restore(state: State, path: Path) -> None:
+    """Continue exactly where `path` was written."""
+    saved = load(path)
+    check_method(saved, path, state.cfg.method.name)
+    if saved["steps_per_epoch"] != state.steps_per_epoch:
+        raise CheckpointError(
+            f"{path} was written with {saved['steps_per_epoch']} steps per epoch, this run has {state.steps_per_epoch}: data set or "
+            f"--train.global-batch-size differ. Resume with the same data and batch, or use --train.init-from for a new run."
+        )
+    load_weights(state.method, saved, path)
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.scaler.load_state_dict(saved["scaler"])
+    state.metrics.load_state_dict(saved["metrics"], state.dist.device)
+    torch.set_rng_state(saved["rng"])
+    state.step = saved["step"]
+
+
+def initialise(state: State, path: Path) -> None:
+    """Start a new run from the weights of `path`."""
+    saved = load(path)
+    check_method(saved, path, state.cfg.method.name)
+    load_weights(state.method, saved, path)

@@ -1,0 +1,127 @@
+"""The command line of train.py: --method or --preset picks a preset, every leaf of it is a dotted flag, nothing else passes."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+from collections.abc import Sequence
+
+import tyro
+
+from fastssl.config import ConfigError, RunConfig
+from fastssl.methods import METHODS
+from fastssl.presets import DEFAULTS, PRESETS
+
+DESCRIPTION = """Pretrain a backbone.  --method NAME takes that method's default preset, --preset NAME any; every value of it
+is a flag below.  --dry-run prints the resolved values and stops."""
+
+
+def parse_cli(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
+    """-> (configuration, dry run).  Unknown names and flags end with a suggestion and exit status 2."""
+    parser = argparse.ArgumentParser(prog="train.py", description=DESCRIPTION, add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", metavar="NAME", help=" | ".join(METHODS))
+    parser.add_argument("--preset", metavar="NAME", help=" | ".join(PRESETS))
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    known, rest = parser.parse_known_args(argv)
+    if known.method is None and known.preset is None:
+        parser.print_help()
+        if known.help:
+            raise SystemExit(0)
+        raise ConfigError("Name what to train: --method " + " | ".join(METHODS) + ", or --preset NAME.")
+    if known.method is not None:
+        check_name("method", known.method, METHODS)
+    name = known.preset or DEFAULTS[known.method]
+    preset = check_name("preset", name, PRESETS)()
+    if known.method is not None and preset.method.name != known.method:
+        raise ConfigError(f"Preset {name} is of the method {preset.method.name}, not {known.method}. Leave one of the two flags out.")
+    cfg = tyro.cli(
+        RunConfig,
+        prog=f"train.py --preset {name}",
+        description=(PRESETS[name].__doc__ or "").strip(),
+        default=preset,
+        args=[*rest, *(["--help"] if known.help else [])],
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+    return cfg, known.dry_run
+
+
+def check_name(kind: str, name: str, table: dict):
+    """table[name]; otherwise a ConfigError with the nearest names."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=3, cutoff=0.4)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise ConfigError(f"There is no {kind} '{name}'.{hint} Known: {', '.join(table)}.")
+
+
+def rank_batch(cfg: RunConfig, world: int) -> int:
+    """Images of one micro-batch of one rank.  ConfigError when the global batch does not divide."""
+    t = cfg.train
+    share = world * t.accumulation_steps
+    if t.global_batch_size % share or t.global_batch_size < share:
+        below = max(t.global_batch_size // share, 1) * share
+        raise ConfigError(
+            f"--train.global-batch-size {t.global_batch_size} does not divide into {world} ranks x {t.accumulation_steps} accumulation "
+            f"steps. Take {below} or {below + share}, or another number of ranks."
+        )
+    return t.global_batch_size // share
+
+
+def check(cfg: RunConfig, world: int) -> list[str]:
+    """Everything about a configuration that can be known before data is touched -> warnings; ConfigError when it cannot run."""
+    batch = rank_batch(cfg, world)
+    method = METHODS[cfg.method.name]
+    method.check_views(cfg.views)
+    t = cfg.train
+    positive = {
+        "--train.epochs": t.epochs,
+        "--train.global-batch-size": t.global_batch_size,
+        "--log.every-steps": cfg.log.every_steps,
+        "--log.checkpoint-every-epochs": cfg.log.checkpoint_every_epochs,
+        "--efficiency.prefetch": cfg.efficiency.prefetch,
+    }
+    for flag, value in positive.items():
+        if value < 1:
+            raise ConfigError(f"{flag} must be at least 1, got {value}.")
+    if not math.isfinite(cfg.optim.base_lr) or cfg.optim.base_lr <= 0:
+        raise ConfigError(f"--optim.base-lr must be positive, got {cfg.optim.base_lr}.")
+    if t.resume and t.init_from:
+        raise ConfigError("--train.resume continues a run and --train.init-from starts one: give only one of them.")
+    if method.couples_batch and t.accumulation_steps > 1:
+        raise ConfigError(f"{cfg.method.name} compares samples across the global batch: accumulation would change its loss. Use more ranks.")
+    warnings = []
+    if cfg.model.norm != "sync" and t.published_rank_batch not in (None, batch):
+        warnings.append(
+            f"BatchNorm sees {batch} images per rank; the published run had {t.published_rank_batch} "
+            f"({t.global_batch_size // t.published_rank_batch} ranks)."
+        )
+    if batch < 2:
+        raise ConfigError("BatchNorm needs at least two images per rank: raise --train.global-batch-size or use fewer ranks.")
+    return warnings
+
+
+def describe(cfg: RunConfig, world: int) -> str:
+    """The resolved values, one flag a line, then what follows from them."""
+    from fastssl.config import to_dict
+
+    def lines(value, path: str):
+        if isinstance(value, dict):
+            for k, v in value.items():
+                yield from lines(v, f"{path}.{k}" if path else k)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for i, v in enumerate(value):
+                yield from lines(v, f"{path}.{i}")
+        else:
+            text = " ".join(map(str, value)) if isinstance(value, list) else value
+            yield f"  --{path.replace('_', '-')} {text}" if text != "" else f"  --{path.replace('_', '-')} ''"
+
+    values = to_dict(cfg)
+    method = values["method"].pop("name")
+    derived = (
+        f"  images per rank and micro-batch   {rank_batch(cfg, world)}  ({world} ranks x {cfg.train.accumulation_steps} accumulation steps)\n"
+        f"  peak learning rate                {cfg.optim.base_lr}  (as given; reached after {cfg.optim.warmup_epochs} epochs)"
+    )
+    values.pop("preset")
+    return f"preset {cfg.preset} (method {method})\n" + "\n".join(lines(values, "")) + "\nderived\n" + derived

@@ -1,0 +1,179 @@
+"""The whole of a run as frozen dataclasses, grouped by effect.
+
+`method`, `model`, `views`, `optim`, `data` and `train` change results; `efficiency` must not, beyond stated tolerances;
+`log` and `eval` orchestrate.  A preset (fastssl/presets) is a function that returns a full `RunConfig`; every leaf is a
+dotted flag of train.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import tyro
+
+from fastssl.views import View
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """The run cannot start as configured; the message says what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Base of every method's Config: what its paper names (temperatures, widths, weights)."""
+
+    name: ClassVar[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    arch: Literal["resnet18", "resnet50"] = "resnet50"
+    """Backbone, by its torchvision name."""
+    norm: Literal["local", "sync", "eman"] = "local"
+    """BatchNorm policy. local: statistics of each rank; sync: of the global batch; eman: local online, the target
+    normalises with an EMA of the online network's running statistics (rank 0's)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Base of the optimizers."""
+
+    base_lr: float
+    """Peak learning rate at the preset's global batch size. It is used as given: scale it yourself with the batch."""
+    weight_decay: float = 0.0
+    warmup_epochs: int = 10
+    """Epochs of linear warm-up, per iteration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lars(OptimConfig):
+    """LARS-SGD as in the EMAN and LEWEL code (methods: lewel, byol)."""
+
+    sgd_momentum: float = 0.9
+    eta: float = 0.001
+    """Trust coefficient."""
+    exclude: tuple[str, ...] = ("bn", "downsample.1", "bias")
+    """Parameters whose name contains one of these: no weight decay, no trust ratio. "mlp.1" adds the first BatchNorm of the heads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: str = "data/imagenet"
+    """Folder with train.beton and val.beton, or train/ and val/ class folders; or one .beton file (training only)."""
+    shuffle: bool = True
+    """A new global order each epoch. Off: file order (for debugging)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    epochs: int = 200
+    global_batch_size: int = 1024
+    """Images per optimizer step over all ranks and accumulation steps."""
+    ema_momentum: float = 0.98
+    """Momentum of the target network at step 0; rises to 1 along a cosine."""
+    accumulation_steps: int = 1
+    """Micro-batches per optimizer step. BatchNorm statistics are then those of a micro-batch."""
+    published_rank_batch: int | None = None
+    """Images per rank in the published run: a run whose local BatchNorm sees another number is warned about."""
+    seed: int = 0
+    max_steps: int | None = None
+    """Stop after this many steps; schedules still span `epochs`."""
+    resume: str = ""
+    """'auto' (newest checkpoint of the run folder, if any) or a checkpoint file: everything is restored."""
+    init_from: str = ""
+    """Checkpoint whose weights start a new run; optimizer, schedules and step start afresh."""
+    max_bad_steps: int = 20
+    """Stop with a dump after this many consecutive steps with non-finite gradients (each is skipped and counted)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficiencyConfig:
+    """How it runs, not what it computes."""
+
+    dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
+    """Autocast type; auto: bf16 where the device has it, else fp16. fp16 trains with a GradScaler. fp64: everything in double, for checks."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the method's forward; auto: on with CUDA, off on a CPU (where it gains nothing)."""
+    channels_last: bool = True
+    loader: Literal["auto", "ffcv", "torchvision", "folder"] = "auto"
+    """Decoder; auto: the first usable of ffcv, torchvision for a .beton, folder for class folders."""
+    workers: int = 0
+    """Decoder threads per rank; 0: the cores of this machine divided by its ranks, at most 12."""
+    prefetch: int = 3
+    """Decoded batches kept ahead of the training step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    dir: str = "runs"
+    name: str = ""
+    """Run folder below `dir`; default: the preset's name. A name that is taken gets a number, unless resuming."""
+    every_steps: int = 50
+    """Steps between log lines; the only host synchronisation of the loop."""
+    checkpoint_every_epochs: int = 1
+    keep_every: int = 0
+    """Keep a numbered checkpoint every so many epochs; 0: only the last."""
+    pictures: bool = True
+    """Write views.png at step 0 and refresh curves.png."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    knn_every_epochs: int = 0
+    """Online k-NN (protocol knn/dino) every so many epochs and at the end; 0: never."""
+    knn_k: tuple[int, ...] = (10, 20)
+    resize: int = 256
+    """Shorter side before the centre crop of evaluations, pixels."""
+    crop: int = 224
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. Flags are grouped by effect: method, model, views, optim, data and train change the result; efficiency
+    does not; log and eval watch."""
+
+    preset: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress]
+    method: MethodConfig
+    model: ModelConfig
+    views: tuple[View, ...]
+    optim: OptimConfig
+    train: TrainConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def to_dict(cfg: RunConfig) -> dict[str, Any]:
+    """Plain values only (tuples become lists), for JSON and checkpoints; the method's name stands beside its fields."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    out = plain(dataclasses.asdict(cfg))
+    out["method"]["name"] = cfg.method.name
+    return out
+
+
+def from_dict(saved: dict[str, Any], preset: T) -> T:
+    """`preset` with every leaf replaced by the saved value.  ConfigError names a leaf this version does not know."""
+
+    def rebuild(default: Any, value: Any, path: str) -> Any:
+        if dataclasses.is_dataclass(default):
+            known = {f.name for f in dataclasses.fields(default)}
+            unknown = set(value) - known - {"name"}
+            if unknown:
+                raise ConfigError(f"the saved configuration has '{path}{unknown.pop()}', which this version does not know.")
+            return dataclasses.replace(default, **{k: rebuild(getattr(default, k), v, f"{path}{k}.") for k, v in value.items() if k in known})
+        if isinstance(default, tuple):
+            items = default if default and dataclasses.is_dataclass(default[0]) else value
+            return tuple(rebuild(d, v, path) for d, v in zip(items, value, strict=True))
+        return value
+
+    return rebuild(preset, saved, "")

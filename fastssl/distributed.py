@@ -1,0 +1,67 @@
+"""Who this process is among its ranks, and the few collectives that are not part of a loss."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Dist:
+    """One process of the run."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def broadcast_object(self, value):
+        """Rank 0's picklable `value`, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather_objects(self, value) -> list:
+        """Every rank's picklable `value`, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        out = [None] * self.world
+        dist.all_gather_object(out, value)
+        return out
+
+
+@contextlib.contextmanager
+def session(device: str = "auto") -> Iterator[Dist]:
+    """The process group of torchrun's environment (NCCL with CUDA, gloo on a CPU), or this process alone.
+
+    The group is torn down on the way out; after an error it is left to torchrun, which ends the other ranks: a rank that
+    waits in a collective would never reach a tear-down.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    use_cuda = torch.cuda.is_available() and device != "cpu"
+    if use_cuda:
+        torch.cuda.set_device(local_rank)
+    here = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if world > 1:
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=30), device_id=here if use_cuda else None)
+    yield Dist(rank, world, local_rank, local_world, here)
+    if world > 1:
+        dist.destroy_process_group()

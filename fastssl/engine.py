@@ -1,0 +1,200 @@
+"""fit(): the training loop, and the step it repeats.  The same code runs alone, under torchrun, on CUDA and on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastssl.batch import ImageBatch, Views
+from fastssl.config import ConfigError, Lars, RunConfig
+from fastssl.distributed import Dist
+from fastssl.method import Method, StepOutput
+from fastssl.metrics import Metrics, Record
+from fastssl.models.norm import broadcast_running_statistics
+from fastssl.optim.lars import LARS
+from fastssl.optim.param_groups import split_by_name
+from fastssl.optim.schedules import Sched, Schedules, cosine_momentum, warmup_epoch_cosine
+
+if TYPE_CHECKING:
+    from fastssl.hooks import Hook
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 where the device computes it natively (Ampere and newer, and CPUs), fp16 on older GPUs."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        return torch.float16
+    return torch.bfloat16
+
+
+@dataclass
+class State:
+    """Everything that changes while training, and what hooks may look at."""
+
+    cfg: RunConfig
+    dist: Dist
+    method: Method
+    model: nn.Module
+    """The method, wrapped in DDP when there are several ranks."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedules: Schedules
+    dtype: torch.dtype
+    steps_per_epoch: int
+    step: int = 0
+    """Optimizer steps done."""
+    metrics: Metrics = field(default_factory=Metrics)
+    record: Record | None = None
+    """The log record of this step; None between log steps."""
+    images: ImageBatch | None = None
+    """The last micro-batch and its views, for pictures."""
+    views: Views | None = None
+    stop: str = ""
+    """Why the loop should end after this step; empty: go on."""
+
+    @property
+    def total_steps(self) -> int:
+        planned = self.cfg.train.epochs * self.steps_per_epoch
+        return min(planned, self.cfg.train.max_steps or planned)
+
+    @property
+    def at_epoch_end(self) -> bool:
+        return self.step % self.steps_per_epoch == 0 or self.step >= self.total_steps
+
+
+def build_schedules(cfg: RunConfig, steps_per_epoch: int) -> Schedules:
+    """The schedules of the configured optimizer's family."""
+    o, t = cfg.optim, cfg.train
+    if o.warmup_epochs >= t.epochs:
+        raise ConfigError(f"--optim.warmup-epochs {o.warmup_epochs} must be smaller than --train.epochs {t.epochs}.")
+    return Schedules(
+        lr=lambda s: warmup_epoch_cosine(
+            s, base_lr=o.base_lr, warmup_epochs=o.warmup_epochs, epochs=t.epochs, steps_per_epoch=steps_per_epoch
+        ),
+        weight_decay=lambda s: o.weight_decay,
+        ema_momentum=lambda s: cosine_momentum(s, base=t.ema_momentum, total_steps=t.epochs * steps_per_epoch),
+    )
+
+
+def build_optimizer(method: nn.Module, cfg: RunConfig) -> torch.optim.Optimizer:
+    """The configured optimizer over the method's trainable parameters, grouped by its rule."""
+    match cfg.optim:
+        case Lars() as o:
+            groups = split_by_name(method.named_parameters(), o.exclude)
+            return LARS(groups, lr=o.base_lr, weight_decay=o.weight_decay, sgd_momentum=o.sgd_momentum, eta=o.eta)
+        case other:
+            raise ConfigError(f"no optimizer for {type(other).__name__}")
+
+
+def prepare(method: Method, cfg: RunConfig, dist: Dist, steps_per_epoch: int) -> State:
+    """Place, lay out, compile and wrap the method; build optimizer and schedules."""
+    dtype = resolve_dtype(cfg.efficiency.dtype, dist.device)
+    method.to(device=dist.device, dtype=torch.float64 if dtype is torch.float64 else None)
+    if cfg.efficiency.channels_last:
+        method.to(memory_format=torch.channels_last)
+    method.train()
+    optimizer = build_optimizer(method, cfg)
+    if cfg.efficiency.compile == "on" or (cfg.efficiency.compile == "auto" and dist.device.type == "cuda"):
+        method.compile(dynamic=False)  # in place and before DDP: state-dict keys stay clean
+    model: nn.Module = method
+    if dist.world > 1:
+        # Buffers are not synchronised: the one policy that needs rank 0's statistics has its own flat broadcast.
+        model = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True)
+    # One mechanism finds non-finite gradients for every dtype; only fp16 needs a scale other than 1.
+    fp16 = dtype is torch.float16
+    scaler = torch.amp.GradScaler(dist.device.type, init_scale=2.0**16 if fp16 else 1.0, growth_interval=2000 if fp16 else 2**31 - 1)
+    schedules = build_schedules(cfg, steps_per_epoch)
+    return State(cfg, dist, method, model, optimizer, scaler, schedules, dtype, steps_per_epoch)
+
+
+def train_step(state: State, micro_batches: Sequence[Views] | Iterator[Views]) -> StepOutput:
+    """One optimizer step on this rank's `accumulation_steps` micro-batches.  No host synchronisation."""
+    sched = state.schedules.at(state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"], group["weight_decay"] = sched.lr, sched.weight_decay
+    update_targets(state.method, sched, "before_forward")
+    if state.dist.world > 1 and state.cfg.model.norm == "eman":
+        broadcast_running_statistics(state.method)
+    out = forward_backward(state, iter(micro_batches), sched)
+    state.scaler.unscale_(state.optimizer)
+    state.metrics.add_skipped(state.scaler, state.optimizer)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    update_targets(state.method, sched, "after_step")
+    state.method.after_step(sched)
+    state.step += 1
+    return out
+
+
+def forward_backward(state: State, micro_batches: Iterator[Views], sched: Sched) -> StepOutput:
+    """Accumulate the gradients of the step's micro-batches; ranks exchange them once, in the last backward."""
+    n = state.cfg.train.accumulation_steps
+    outputs = []
+    for k in range(n):
+        last = k == n - 1
+        with contextlib.nullcontext() if last or state.dist.world == 1 else state.model.no_sync():
+            with autocast(state):
+                out = state.model(next(micro_batches), sched)
+            state.scaler.scale(out.loss / n if n > 1 else out.loss).backward()
+        outputs.append(StepOutput(out.loss.detach(), out.logs))
+    if n == 1:
+        return outputs[0]
+    mean = {k: torch.stack([o.logs[k] for o in outputs]).mean(0) for k in outputs[0].logs}
+    return StepOutput(torch.stack([o.loss for o in outputs]).mean(0), mean)
+
+
+def autocast(state: State):
+    return torch.autocast(
+        state.dist.device.type, dtype=state.dtype if state.dtype.itemsize == 2 else None, enabled=state.dtype.itemsize == 2
+    )
+
+
+def update_targets(method: Method, sched: Sched, when: str) -> None:
+    for pair in method.ema:
+        if pair.when == when:
+            pair.update_(sched.ema_momentum)
+
+
+def fit(state: State, loader, augment, hooks: Sequence[Hook]) -> State:
+    """Train until the planned steps are done or a hook asks to stop.  `loader` yields decoded ImageBatches, `augment` makes Views."""
+    with contextlib.ExitStack() as stack:
+        batches = stack.enter_context(contextlib.closing(loader.from_step(state.step)))
+        for hook in hooks:
+            stack.callback(hook.close)
+            hook.start(state)
+
+        def micro_batches() -> Iterator[Views]:
+            while True:
+                state.images = next(batches)
+                state.views = augment(state.images)
+                yield state.views
+
+        views = micro_batches()
+        while state.step < state.total_steps and not state.stop:
+            out = train_step(state, views)
+            state.metrics.add(out)
+            state.record = None
+            if state.step % state.cfg.log.every_steps == 0 or state.step >= state.total_steps:
+                state.record = state.metrics.read(state, loader)  # the only host synchronisation
+            for hook in hooks:
+                hook.after_step(state)
+        for hook in hooks:
+            hook.finish(state)
+    return state
+
+
+def mean_over_ranks(x: Tensor, dist: Dist) -> Tensor:
+    if dist.world > 1:
+        torch.distributed.all_reduce(x)
+        x /= dist.world
+    return x

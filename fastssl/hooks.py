@@ -1,0 +1,216 @@
+"""What happens around training steps: progress, checkpoints, pictures, preemption.  The engine calls each hook after every step."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fastssl import checkpoint, pictures
+from fastssl.config import ConfigError
+from fastssl.engine import State
+from fastssl.metrics import Record, RunLog
+
+log = logging.getLogger("fastssl")
+
+
+class Hook:
+    """All do nothing by default.  `close` also runs after an error."""
+
+    def start(self, state: State) -> None: ...
+
+    def after_step(self, state: State) -> None: ...
+
+    def finish(self, state: State) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Progress(Hook):
+    """Log records: metrics.jsonl and TensorBoard files, one bar on a terminal, plain lines elsewhere.  Main rank only."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.bar: tqdm | None = None
+        self.runlog: RunLog | None = None
+
+    def start(self, state: State) -> None:
+        if not state.dist.is_main:
+            return
+        self.runlog = RunLog(self.folder, from_step=state.step)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=state.total_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def write(self, record: Record) -> None:
+        """Add a record of any hook to the run's files."""
+        if self.runlog is not None:
+            self.runlog.write(record)
+
+    def after_step(self, state: State) -> None:
+        if not state.dist.is_main:
+            return
+        if self.bar is not None:
+            self.bar.update()
+        if state.record is None:
+            return
+        r = state.record
+        self.write(r)
+        rates = f"{r['perf/img_per_s']:.0f} img/s | data {r['perf/data_wait_ms']:.1f} ms"
+        if self.bar is not None:
+            self.bar.set_description(f"ep {r['epoch']:.2f} loss {r['train/loss']:.3f} lr {r['sched/lr']:.4g} {rates}", refresh=False)
+            return
+        remaining = (state.total_steps - state.step) * r["perf/step_ms"] / 1000
+        memory = f" | mem {r['perf/mem_gib']:.1f} G" if "perf/mem_gib" in r else ""
+        log.info(
+            f"ep {r['epoch']:.2f} | step {state.step}/{state.total_steps} | loss {r['train/loss']:.4f} | lr {r['sched/lr']:.4g} | "
+            f"{rates}{memory} | eta {time.strftime('%H:%M:%S', time.gmtime(remaining))}"
+        )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.runlog is not None:
+            self.runlog.close()
+
+
+class Checkpointer(Hook):
+    """checkpoint_last.pt every few epochs and at the end, numbered copies every `keep_every` epochs."""
+
+    def __init__(self, folder: Path, *, every_epochs: int, keep_every: int):
+        self.folder, self.every_epochs, self.keep_every = folder, every_epochs, keep_every
+        self.saved_step = -1
+
+    def start(self, state: State) -> None:
+        self.saved_step = state.step
+
+    def after_step(self, state: State) -> None:
+        epoch, rest = divmod(state.step, state.steps_per_epoch)
+        if rest == 0 and epoch % self.every_epochs == 0:
+            self.save(state, keep=self.keep_every > 0 and epoch % self.keep_every == 0)
+
+    def finish(self, state: State) -> None:
+        if state.step != self.saved_step:
+            self.save(state, keep=False)
+
+    def save(self, state: State, *, keep: bool) -> None:
+        if state.dist.is_main:
+            checkpoint.save(state, self.folder, keep=keep)
+        self.saved_step = state.step
+        state.dist.barrier()
+        state.metrics.restart_clock()
+
+
+class NonFinite(Hook):
+    """Ends a run whose gradients stay non-finite, leaving bad_step.pt (state and the batch's ids) for inspection."""
+
+    def __init__(self, folder: Path, *, max_bad_steps: int):
+        self.folder, self.max_bad_steps = folder, max_bad_steps
+        self.counted = 0.0
+
+    def after_step(self, state: State) -> None:
+        if state.record is None:
+            return
+        skipped, bad_run = state.record["train/skipped_steps"], state.record["train/bad_run"]
+        if skipped > self.counted and state.dist.is_main and state.dtype is not torch.float16:
+            log.warning(f"step {state.step}: {skipped - self.counted:.0f} steps with non-finite gradients were skipped since the last line")
+        self.counted = skipped
+        if bad_run >= self.max_bad_steps:
+            dump = self.folder / f"bad_step_rank{state.dist.rank}.pt"
+            checkpoint.atomic_save({**checkpoint.contents(state), "index": state.images.index.cpu()}, dump)
+            raise ConfigError(
+                f"The last {bad_run:.0f} steps had non-finite gradients; training stopped at step {state.step}. State and sample ids are in "
+                f"{dump}. Lower --optim.base-lr, lengthen --optim.warmup-epochs or take --efficiency.dtype bf16, and continue from the last "
+                f"checkpoint with --train.resume auto."
+            )
+
+
+class Pictures(Hook):
+    """views.png of the first batch; curves.png, refreshed every epoch.  A picture that fails is reported, never fatal."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def after_step(self, state: State) -> None:
+        if not state.dist.is_main:
+            return
+        if not (self.folder / "views.png").exists():
+            self.draw(pictures.save_views, state.images, state.views, state.cfg.views, self.folder / "views.png")
+        if state.at_epoch_end:
+            self.curves()
+
+    def finish(self, state: State) -> None:
+        if state.dist.is_main:
+            self.curves()
+
+    def curves(self) -> None:
+        self.draw(pictures.save_curves, self.folder / "metrics.jsonl", self.folder / "curves.png")
+
+    def draw(self, function: Callable, *args) -> None:
+        try:
+            function(*args)
+        except (OSError, ValueError) as error:
+            log.warning(f"no {args[-1].name}: {error}")
+
+
+class OnlineEvaluation(Hook):
+    """Every few epochs and at the end: `evaluate(backbone) -> {name: value}`, written as eval/name."""
+
+    def __init__(self, evaluate: Callable[[torch.nn.Module], dict[str, float]], write: Callable[[Record], None], *, every_epochs: int):
+        self.evaluate, self.write, self.every_epochs = evaluate, write, every_epochs
+
+    def start(self, state: State) -> None:
+        if state.step == 0:
+            self.run(state)  # the random backbone: what the curve has to rise from
+
+    def after_step(self, state: State) -> None:
+        epoch, rest = divmod(state.step, state.steps_per_epoch)
+        if (rest == 0 and epoch % self.every_epochs == 0) or state.step >= state.total_steps:
+            self.run(state)
+
+    def run(self, state: State) -> None:
+        result = self.evaluate(state.method.backbone)
+        if state.dist.is_main:
+            epoch = state.step / state.steps_per_epoch
+            self.write({"step": state.step, "epoch": epoch, **{f"eval/{k}": v for k, v in result.items()}})
+            log.info(f"ep {epoch:.2f} | " + " | ".join(f"{k} {v:.2f}" for k, v in result.items()))
+        state.metrics.restart_clock()
+
+
+class Preemption(Hook):
+    """SIGTERM, SIGUSR1 or one Ctrl-C: finish the step, let the other hooks save, end.  A second Ctrl-C ends at once.
+
+    Ranks agree at log steps, where they synchronise anyway; a process alone stops after the current step.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received = ""
+        self.previous: dict[signal.Signals, object] = {}
+
+    def start(self, state: State) -> None:
+        for s in self.SIGNALS:
+            self.previous[s] = signal.signal(s, self.on_signal)
+
+    def on_signal(self, number: int, frame) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def after_step(self, state: State) -> None:
+        if state.dist.world == 1:
+            state.stop = self.received
+        elif state.record is not None:
+            state.stop = max(state.dist.gather_objects(self.received))
+        if state.stop and state.dist.is_main:
+            log.info(f"{state.stop}: saving step {state.step} and ending; continue with --train.resume auto")
+
+    def close(self) -> None:
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)

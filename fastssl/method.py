@@ -1,0 +1,57 @@
+"""What a method is: networks and a loss, and nothing of the engine."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fastssl.batch import Views
+from fastssl.config import MethodConfig
+from fastssl.ema import Ema
+from fastssl.optim.schedules import Sched
+from fastssl.views import ViewSpec
+
+
+class StepOutput(NamedTuple):
+    """loss: scalar, a mean over this rank's batch; logs: detached device scalars."""
+
+    loss: Tensor
+    logs: dict[str, Tensor]
+
+
+class Method(nn.Module):
+    """Base class.  A method declares what the engine does around its forward pass:
+
+    ema               pairs online -> target the engine updates (fastssl.ema.Ema)
+    backbone_prefix   where the backbone lies in the state dict: checkpoints export and evaluations load it
+    couples_batch     the loss of a sample depends on the others of the global batch: accumulation would change it
+    """
+
+    Config: type[MethodConfig]
+    ema: tuple[Ema, ...] = ()
+    backbone_prefix: str
+    target_backbone_prefix: str | None = None
+    couples_batch: bool = False
+
+    @classmethod
+    def check_views(cls, views: ViewSpec) -> None:
+        """Raise ConfigError when the method cannot train on these views."""
+
+    def forward(self, views: Views, sched: Sched) -> StepOutput:
+        """Tensor code only: no `.item()`, no rank checks."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def after_step(self, sched: Sched) -> None:
+        """Non-gradient state that changes after the optimizer step (queues, centres)."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The online backbone: what evaluations and exports see."""
+        return self.get_submodule(self.backbone_prefix.rstrip("."))
+
+    def train(self, mode: bool = True) -> Method:
+        super().train(mode)
+        for pair in self.ema:
+            pair.target.train(mode and pair.target_mode == "train")
+        return self

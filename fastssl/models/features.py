@@ -1,0 +1,31 @@
+"""What a backbone returns, and what a method may ask of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Features:
+    """Features of B images.  A convolutional network fills `map`, a transformer `tokens`."""
+
+    pooled: Tensor
+    """[B, D]: one vector per image, not normalised."""
+    map: Tensor | None = None
+    """[B, C, h, w]: the last feature map."""
+    tokens: Tensor | None = None
+    """[B, N, D]: the last layer's patch tokens."""
+    stages: dict[str, Tensor] | None = None
+    """Earlier feature maps [B, C', h', w'] by stage name."""
+
+
+class Backbone(nn.Module):
+    """images [B, 3, h, w] -> Features.  Methods and evaluations rely on nothing else."""
+
+    num_features: int
+    """D of `Features.pooled`."""
+
+    def forward(self, x: Tensor) -> Features:
+        raise NotImplementedError(f"{type(self).__name__} has no forward")

@@ -1,0 +1,55 @@
+"""Schedules, each family's exact formula, as plain functions of the step; t counts optimizer steps from 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sched:
+    """The scalars of one step.  The engine sets them on the optimizer and the EMA; methods read tensors of their own."""
+
+    lr: float
+    weight_decay: float
+    ema_momentum: float
+
+
+def warmup_epoch_cosine(t: int, *, base_lr: float, warmup_epochs: int, epochs: int, steps_per_epoch: int) -> float:
+    """EMAN / LEWEL: linear over the steps of the warm-up, then a cosine over *epochs*, constant within each.
+
+    lr (t + 1) / (W spe) for epoch < W;  lr (1 + cos(pi (e - W) / (E - W))) / 2 after.  Reaches base_lr at the end of the
+    warm-up and never 0.
+    """
+    epoch = t // steps_per_epoch
+    if epoch < warmup_epochs:
+        return base_lr * (t + 1) / (warmup_epochs * steps_per_epoch)
+    return epoch_cosine(epoch - warmup_epochs, base_lr=base_lr, epochs=epochs - warmup_epochs)
+
+
+def epoch_cosine(epoch: int, *, base_lr: float, epochs: int) -> float:
+    """base_lr (1 + cos(pi e / E)) / 2."""
+    return base_lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def step_decay(epoch: int, *, base_lr: float, milestones: Sequence[int], gamma: float = 0.1) -> float:
+    """base_lr times gamma for every milestone reached."""
+    return base_lr * gamma ** sum(epoch >= m for m in milestones)
+
+
+def cosine_momentum(t: int, *, base: float, total_steps: int) -> float:
+    """BYOL's target momentum 1 - (1 - m0) (cos(pi t / T) + 1) / 2: m0 at t = 0, towards 1 at T."""
+    return 1 - (1 - base) * (math.cos(math.pi * t / total_steps) + 1) / 2
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """step -> Sched."""
+
+    lr: Callable[[int], float]
+    weight_decay: Callable[[int], float]
+    ema_momentum: Callable[[int], float]
+
+    def at(self, t: int) -> Sched:
+        return Sched(self.lr(t), self.weight_decay(t), self.ema_momentum(t))

@@ -1,0 +1,1 @@
+"""Bytes to decoded uint8 images on the device."""

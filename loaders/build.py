@@ -1,0 +1,234 @@
+"""From a path to batches: which file or folder holds a split, which back end decodes it, in which order."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from itertools import count
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from fastssl.batch import ImageBatch
+from fastssl.views import ViewSpec
+from loaders.decoder import Decoder
+from loaders.errors import DataError
+from loaders.geometry import Geometry
+from loaders.order import Order, shard
+from loaders.ring import Job, Ring
+
+Split = Literal["train", "val"]
+Backend = Literal["auto", "ffcv", "torchvision", "folder"]
+_log = logging.getLogger(__name__)
+_MAX_WORKERS = 12
+"""More threads than this bring a batch no earlier, and take cores from the training process."""
+
+
+class Dist(Protocol):
+    """What a loader asks of `fastssl.distributed.Dist`."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    @property
+    def local_world(self) -> int:
+        """Ranks on this machine, which share its cores."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class TrainLoader:
+    """Endless shuffled batches of one rank."""
+
+    def __init__(
+        self, decoder: Decoder, geometry: Geometry, order: Order, *, dist: Dist, batch: int, accumulation_steps: int, prefetch: int
+    ) -> None:
+        self._decoder, self._geometry, self._order = decoder, geometry, order
+        self._dist, self._batch, self._accumulation_steps, self._prefetch = dist, batch, accumulation_steps, prefetch
+        self.backend = decoder.name
+        self.path = decoder.path
+        self.workers = decoder.workers
+        self.num_samples = len(decoder)
+        self.steps_per_epoch = order.steps_per_epoch
+        self.labels: np.ndarray | None = decoder.labels
+        """int64 [num_samples], or None."""
+        self.classes: Sequence[str] | None = decoder.classes
+        self.wait_s = 0.0
+        """Seconds that the consumer has waited for batches; who reads it sets it back to 0."""
+
+    def from_step(self, step: int) -> Iterator[ImageBatch]:
+        """The batches of global step `step`, step + 1, ...: each step as `accumulation_steps` micro-batches in a row.
+
+        The pixels of a batch are valid until the next one is asked for.
+        """
+        with closing(Ring(self._decoder, self._geometry, self._jobs(step), self._dist.device, self._prefetch)) as ring:
+            while True:
+                start = time.perf_counter()
+                batch = ring.get()
+                self.wait_s += time.perf_counter() - start
+                yield batch
+
+    def _jobs(self, step: int) -> Iterator[Job]:
+        for s in count(step):
+            ids = self._order.ids(s, self._dist.rank, self._dist.world)
+            for micro in ids.reshape(self._accumulation_steps, self._batch):
+                yield Job(micro, self._order.epoch(s), s)
+
+
+class EvalLoader:
+    """This rank's part of one sequential pass: every sample on exactly one rank, the last batch may be smaller."""
+
+    def __init__(self, decoder: Decoder, geometry: Geometry, *, dist: Dist, batch: int, prefetch: int) -> None:
+        self._decoder, self._geometry, self._dist, self._batch, self._prefetch = decoder, geometry, dist, batch, prefetch
+        self._mine = shard(len(decoder), dist.rank, dist.world)
+        self.backend = decoder.name
+        self.num_samples = len(decoder)
+        """Of all ranks."""
+        self.labels: np.ndarray | None = decoder.labels
+        """int64 [num_samples], or None."""
+        self.classes: Sequence[str] | None = decoder.classes
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return -(-len(self._mine) // self._batch)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        """The pixels of a batch are valid until the next one is asked for."""
+        with closing(Ring(self._decoder, self._geometry, self._jobs(), self._dist.device, self._prefetch)) as ring:
+            while (batch := ring.get()) is not None:
+                yield batch
+
+    def _jobs(self) -> Iterator[Job]:
+        for s in range(len(self)):
+            part = self._mine[s * self._batch : (s + 1) * self._batch]
+            yield Job(np.arange(part.start, part.stop, dtype=np.int64), 0, s)
+
+
+def build_loader(
+    path: str,
+    split: Split,
+    spec: ViewSpec,
+    *,
+    dist: Dist,
+    batch: int,
+    accumulation_steps: int = 1,
+    seed: int = 0,
+    shuffle: bool = True,
+    backend: Backend = "auto",
+    workers: int = 0,
+    prefetch: int = 3,
+) -> TrainLoader:
+    """Training batches of `batch` images per rank and micro-batch.
+
+    path: a folder with {train,val}.beton or {train,val}/ class folders; for training also one .beton or one tree of class
+    folders.  workers: decoder threads of this rank; 0 takes its share of the cores.  Raises DataError when the data or the
+    back end cannot be used.
+    """
+    decoder = open_decoder(path, split, backend=backend, workers=_workers(workers, dist), say=dist.rank == 0)
+    order = Order(len(decoder), batch * accumulation_steps * dist.world, seed, shuffle)
+    return TrainLoader(
+        decoder, Geometry(spec, seed), order, dist=dist, batch=batch, accumulation_steps=accumulation_steps, prefetch=prefetch
+    )
+
+
+def build_eval_loader(
+    path: str, split: Split, spec: ViewSpec, *, dist: Dist, batch: int, backend: Backend = "auto", workers: int = 0, prefetch: int = 3
+) -> EvalLoader:
+    """One sequential pass, shared by the ranks.  Arguments and errors as for `build_loader`."""
+    decoder = open_decoder(path, split, backend=backend, workers=_workers(workers, dist), say=dist.rank == 0)
+    return EvalLoader(decoder, Geometry(spec), dist=dist, batch=batch, prefetch=prefetch)
+
+
+def _workers(asked: int, dist: Dist) -> int:
+    cores = len(os.sched_getaffinity(0))
+    if asked == 0:
+        return min(max(1, cores // dist.local_world), _MAX_WORKERS)
+    if asked > cores:
+        _log.warning("%d decoder threads were asked for, but this process may use %d cores: taking %d.", asked, cores, cores)
+    return min(asked, cores)
+
+
+# ------------------------------------------------------------------------------------------------ back ends
+
+
+def open_decoder(path: str, split: Split, *, backend: Backend, workers: int, say: bool = True) -> Decoder:
+    """The decoder of one split; `say`: log what `auto` chose."""
+    found = find(Path(path), split, prefer_folder=backend == "folder")
+    if backend == "auto":
+        backend, why = _choose(found)
+        if say:
+            _say_once(f"Decoding {found} with {backend}{why}.")
+    elif found.is_dir() and backend != "folder":
+        raise DataError(
+            f"The loader {backend} reads .beton files, and {found} is a tree of class folders. Convert it with: python -m convert.imagenet "
+            f"--source {path} --out DIR, or choose --efficiency.loader folder."
+        )
+    elif not found.is_dir() and backend == "folder":
+        raise DataError(f"The loader folder reads class folders, and {found} is a file. Choose --efficiency.loader auto.")
+
+    # Imported when chosen: each pulls in a library that the others do not need.
+    if backend == "ffcv":
+        from loaders.ffcv import FFCVDecoder
+
+        return FFCVDecoder(found, workers)
+    if backend == "torchvision":
+        from loaders.torchvision import TorchvisionDecoder
+
+        return TorchvisionDecoder(found, workers)
+    from loaders.folder import FolderDecoder, scan
+
+    # A validation set without some class must not renumber the others.
+    training = found.parent / "train"
+    classes = scan(training)[2] if split == "val" and training.is_dir() else None
+    return FolderDecoder(found, workers, classes)
+
+
+def _choose(found: Path) -> tuple[str, str]:
+    if found.is_dir():
+        return "folder", f"; a .beton decodes several times as fast: python -m convert.imagenet --source {found.parent} --out DIR"
+    if importlib.util.find_spec("ffcv") is None:
+        return "torchvision", ", as FFCV is not installed (`make setup` would)"
+    from loaders import ffcv
+
+    problem = ffcv.load()
+    return ("torchvision", f", as ffcv is unusable: {problem}") if problem else ("ffcv", "")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.info(message)
+
+
+# ------------------------------------------------------------------------------------------------ paths
+
+
+def find(path: Path, split: Split, prefer_folder: bool = False) -> Path:
+    """The .beton or class-folder tree that holds `split`.  Raises DataError, which names the conversion command."""
+    convert = f"Convert ImageNet with `make convert-imagenet IMAGENET=DIR`, any class folders with: python -m convert.imagenet --source DIR --out {path if path.suffix != '.beton' else path.parent}"
+    if not path.exists():
+        raise DataError(f"There is no data at {path}. {convert}; or pass --data.path.")
+    layout = [(path / f"{s}.beton", path / s) for s in ("train", "val")]
+    beton, folder = layout[split == "val"]
+    if path.is_dir():
+        candidates = [p for p, there in ((beton, beton.is_file()), (folder, folder.is_dir())) if there]
+        if candidates:
+            return candidates[-1 if prefer_folder else 0]
+        if any(p.exists() for pair in layout for p in pair):
+            raise DataError(f"{path} has neither {beton.name} nor {folder.name}/. {convert}.")
+        if not any(entry.is_dir() for entry in os.scandir(path)):
+            raise DataError(f"{path} holds no {beton.name} and no class folders. {convert}.")
+    if split == "val":
+        raise DataError(
+            f"{path} is one data set, which is taken for training; it has no validation part. Pass a folder that holds train.beton and "
+            f"val.beton, or train/ and val/ class folders. {convert}."
+        )
+    return path

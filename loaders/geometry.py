@@ -1,0 +1,105 @@
+"""Where every view is cut: boxes and flips drawn from the sample's own random stream, before anything is decoded.
+
+`Crop` follows torchvision's RandomResizedCrop.get_params inside the view's region; `CenterCrop` is the box that torchvision's
+Resize + CenterCrop would show.  Draws are keyed by (seed, epoch, sample id, view), so they are the same for any back end,
+worker count, rank count or resume point.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from fastssl.rng import CROP, fill_uniform
+from fastssl.views import CenterCrop, ViewSpec
+from loaders.errors import DataError
+
+_TRIES = 10
+# Slots of a (sample, view) in the CROP stream: flip, top, left, then area and ratio of each try.
+_FLIP, _TOP, _LEFT, _FIRST_TRY = 0, 1, 2, 3
+_SLOTS = _FIRST_TRY + 2 * _TRIES
+
+
+@njit(nogil=True)
+def _draw(boxes, flips, ids, heights, widths, random, centre, seed, epoch):
+    u = np.empty(_SLOTS)
+    for b in range(ids.shape[0]):
+        full_h, full_w = heights[b], widths[b]
+        for v in range(random.shape[0]):
+            size, resize = centre[v, 0], centre[v, 1]
+            if size > 0:
+                short, long = min(full_h, full_w), max(full_h, full_w)
+                new_long = int(resize * long / short)
+                new_h, new_w = (new_long, resize) if full_h > full_w else (resize, new_long)
+                down, across = full_h / new_h, full_w / new_w
+                boxes[b, v, 0] = np.rint((new_h - size) / 2.0) * down
+                boxes[b, v, 1] = np.rint((new_w - size) / 2.0) * across
+                boxes[b, v, 2] = size * down
+                boxes[b, v, 3] = size * across
+                flips[b, v] = False
+                continue
+
+            top0, left0 = int(np.rint(random[v, 0] * full_h)), int(np.rint(random[v, 1] * full_w))
+            top0, left0 = min(top0, full_h - 1), min(left0, full_w - 1)
+            height = max(1, int(np.rint(random[v, 2] * full_h)) - top0)
+            width = max(1, int(np.rint(random[v, 3] * full_w)) - left0)
+            scale_lo, scale_hi, ratio_lo, ratio_hi = random[v, 4], random[v, 5], random[v, 6], random[v, 7]
+            log_lo, log_hi = math.log(ratio_lo), math.log(ratio_hi)
+
+            fill_uniform(u, seed, CROP, epoch, ids[b], v)
+            flips[b, v] = u[_FLIP] < random[v, 8]
+            found = False
+            h, w = 0, 0
+            for t in range(_TRIES):
+                area = height * width * (scale_lo + (scale_hi - scale_lo) * u[_FIRST_TRY + 2 * t])
+                ratio = math.exp(log_lo + (log_hi - log_lo) * u[_FIRST_TRY + 2 * t + 1])
+                w, h = int(np.rint(math.sqrt(area * ratio))), int(np.rint(math.sqrt(area / ratio)))
+                if 0 < w <= width and 0 < h <= height:
+                    found = True
+                    break
+            if found:
+                top = int(u[_TOP] * (height - h + 1))
+                left = int(u[_LEFT] * (width - w + 1))
+            else:
+                w, h = width, height
+                if width / height < ratio_lo:
+                    h = int(np.rint(width / ratio_lo))
+                elif width / height > ratio_hi:
+                    w = int(np.rint(height * ratio_hi))
+                top, left = (height - h) // 2, (width - w) // 2
+            boxes[b, v, 0] = top0 + top
+            boxes[b, v, 1] = left0 + left
+            boxes[b, v, 2] = h
+            boxes[b, v, 3] = w
+
+
+class Geometry:
+    """The boxes and flips of a ViewSpec."""
+
+    def __init__(self, spec: ViewSpec, seed: int = 0) -> None:
+        self.seed = seed
+        # Columns: region (top, left, bottom, right), scale, ratio, flip.
+        self._random = np.zeros((len(spec), 9))
+        self._random[:, 2:8] = 1
+        self._centre = np.zeros((len(spec), 2), np.int64)
+        for v, view in enumerate(spec):
+            crop = view.crop
+            if isinstance(crop, CenterCrop):
+                if crop.resize < crop.size:
+                    raise DataError(
+                        f"View {v} cuts {crop.size} pixels from an image whose shorter side was resized to {crop.resize}: the crop "
+                        f"would leave the image. Set the view's resize to at least {crop.size} (ImageNet: 256 for a crop of 224)."
+                    )
+                self._centre[v] = crop.size, crop.resize
+            else:
+                self._random[v] = *crop.region, *crop.scale, *crop.ratio, crop.flip
+
+    def draw(self, ids: np.ndarray, epoch: int, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [B] sample ids, int32 [B] sizes -> boxes float32 [B, V, 4] (top, left, height, width in source pixels; whole
+        numbers for a `Crop`) and flips bool [B, V]."""
+        boxes = np.empty((len(ids), len(self._random), 4), np.float32)
+        flips = np.empty((len(ids), len(self._random)), np.bool_)
+        _draw(boxes, flips, ids, heights, widths, self._random, self._centre, np.uint64(self.seed % 2**64), epoch)
+        return boxes, flips

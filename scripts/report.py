@@ -1,0 +1,103 @@
+"""What this environment can do, in a dozen lines: printed at the end of `make setup`, and on its own by `make report`.
+
+For everything that does not work it prints the line that would make it work.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+APT_FFCV = "sudo apt-get install -y g++ pkg-config libopencv-dev libturbojpeg0-dev {python}-dev && make setup"
+CONDA_FFCV = "conda install -c conda-forge compilers pkg-config opencv libjpeg-turbo && make setup"
+APT_COMPILER = "sudo apt-get install -y g++ {python}-dev"
+
+
+def python_dev() -> str:
+    return f"python{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def device() -> tuple[str, str]:
+    """What torch computes on, and the line to run when a GPU is there that this torch cannot use."""
+    import torch
+
+    older = "make setup TORCH=2.7.1"
+    if not torch.cuda.is_available():
+        line = f"torch {torch.__version__} does not reach the NVIDIA driver; a newer driver, or: {older}" if Path("/dev/nvidia0").exists() else ""
+        return f"CPU only (torch is built for CUDA {torch.version.cuda})", line
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    capability = torch.cuda.get_device_capability(0)
+    runs = any(int(arch.split("_")[1].rstrip("af")) <= 10 * capability[0] + capability[1] for arch in torch.cuda.get_arch_list() if arch.startswith("sm_"))
+    text = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    return f"{text} (CUDA {torch.version.cuda})", "" if runs else f"torch {torch.__version__} has no kernels for this GPU: {older}"
+
+
+def compiler() -> tuple[str, str]:
+    """Whether torch.compile can build its kernels."""
+    missing = [] if shutil.which("g++") or shutil.which("clang++") else ["g++"]
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        missing.append("Python.h")
+    if missing:
+        return f"off: no {' and no '.join(missing)}", APT_COMPILER.format(python=python_dev())
+    return "usable", ""
+
+
+def ffcv() -> tuple[str, str]:
+    lines = f"{APT_FFCV.format(python=python_dev())}\n  or, without root: {CONDA_FFCV}"
+    try:
+        import ffcv.libffcv  # noqa: F401
+    except ModuleNotFoundError as error:
+        return f"off: not installed ({error})", lines
+    except (ImportError, OSError) as error:
+        return f"off: {error}", lines
+    return "usable", ""
+
+
+def torchvision() -> tuple[str, str]:
+    try:
+        import torch
+        from torchvision.io import decode_jpeg, encode_jpeg
+
+        decode_jpeg(encode_jpeg(torch.zeros(3, 8, 8, dtype=torch.uint8)))
+    except (ImportError, RuntimeError) as error:
+        return f"off: {error}", "rm -rf .venv && make setup"
+    return "usable", ""
+
+
+def folder() -> tuple[str, str]:
+    try:
+        import PIL.features
+    except ImportError as error:
+        return f"off: {error}", "rm -rf .venv && make setup"
+    return ("usable", "") if PIL.features.check("jpg") else ("off: this Pillow has no JPEG", "rm -rf .venv && make setup")
+
+
+def versions() -> str:
+    import torch
+    import torchvision
+
+    return f"{platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
+
+
+def main() -> None:
+    rows = [
+        ("Python", (versions(), "")),
+        ("device", device()),
+        ("cores", (str(len(os.sched_getaffinity(0))), "")),
+        ("torch.compile", compiler()),
+        ("loader ffcv", ffcv()),
+        ("loader torchvision", torchvision()),
+        ("loader folder", folder()),
+    ]
+    for name, (state, line) in rows:
+        print(f"{name:<19}{state}")
+        if line:
+            print(f"  to change that:  {line}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""A kind of golden file: how the project reproduces its outputs, and their comparison."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+TOLERANCE = {np.dtype(np.float64): 1e-6, np.dtype(np.float32): 1e-4}
+# Below this an array is rounding noise around zero (gradients that cancel exactly): no relative error is defined.
+NOISE = 1e-12
+
+
+class Kind:
+    """`check(arrays)`: every array that is not an input must be reproduced, or AssertionError.
+
+    reproduce: arrays -> the outputs, computed by the project's own code from the inputs only.
+    inputs: name patterns of what the authors' code was given; all other arrays are outputs.
+    """
+
+    def __init__(self, reproduce: Callable[[Arrays], Arrays], inputs: tuple[str, ...]):
+        self._reproduce, self._inputs = reproduce, (*inputs, "kind")
+        self._done: tuple[str, Arrays] | None = None
+
+    def outputs(self, arrays: Arrays) -> list[str]:
+        return [k for k in arrays if not any(fnmatchcase(k, pattern) for pattern in self._inputs)]
+
+    def __call__(self, arrays: Arrays) -> None:
+        produced, outputs = self.reproduced(arrays), self.outputs(arrays)
+        assert outputs, "the file has no outputs to compare"
+        missing = sorted(set(outputs) - set(produced))
+        assert not missing, f"nothing reproduces {missing[:5]} ({len(missing)} arrays)"
+        for name in outputs:
+            compare(name, np.asarray(produced[name]), arrays[name])
+
+    def reproduced(self, arrays: Arrays) -> Arrays:
+        """The outputs; computed once for equal inputs (a file is checked many times with altered outputs)."""
+        outputs = set(self.outputs(arrays))
+        digest = hashlib.sha256()
+        for name in sorted(set(arrays) - outputs):
+            digest.update(name.encode() + str(arrays[name].dtype).encode() + np.ascontiguousarray(arrays[name]).tobytes())
+        if self._done is None or self._done[0] != digest.hexdigest():
+            self._done = (digest.hexdigest(), self._reproduce(arrays))
+        return self._done[1]
+
+
+class Checked(Kind):
+    """A kind whose comparison is its own: `check(arrays)` runs the project's code and raises AssertionError."""
+
+    def __init__(self, check: Callable[[Arrays], None], inputs: tuple[str, ...]):
+        super().__init__(lambda arrays: {}, inputs)
+        self._check = check
+
+    def __call__(self, arrays: Arrays) -> None:
+        self._check(arrays)
+
+
+def compare(name: str, actual: np.ndarray, expected: np.ndarray) -> None:
+    """max |a - b| <= tolerance * max |b|; integers and text must be equal."""
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
+    if expected.dtype not in TOLERANCE:
+        assert (actual == expected).all(), f"{name}: {actual} != {expected}"
+        return
+    assert np.isfinite(actual).all(), f"{name}: not finite"
+    error = np.abs(actual.astype(np.float64) - expected).max(initial=0)
+    bound = TOLERANCE[expected.dtype] * np.abs(expected).max(initial=0) + NOISE
+    assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"

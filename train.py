@@ -1,0 +1,103 @@
+"""Pretrain a backbone.
+
+python train.py --method lewel --data.path data/imagenet                       one GPU, or a CPU
+torchrun --nproc-per-node 8 train.py --method lewel                            one node
+torchrun --nproc-per-node 8 train.py --preset byol_eman_r50_200ep --optim.base-lr 1.8 --dry-run
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from eval.knn import evaluate
+from fastssl import checkpoint, cli, hooks, runs
+from fastssl.augment.augmenter import Augmenter
+from fastssl.config import ConfigError, RunConfig
+from fastssl.distributed import Dist, session
+from fastssl.engine import State, fit, prepare
+from fastssl.methods import METHODS
+from fastssl.models.resnet import build_backbone
+from loaders.build import build_loader
+from loaders.errors import DataError
+
+log = logging.getLogger("fastssl")
+
+
+def main() -> None:
+    cfg, dry_run = cli.parse_cli()
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for warning in cli.check(cfg, world):
+        log.warning(warning)
+    if dry_run:
+        print(cli.describe(cfg, world))
+        return
+    with session() as dist:
+        train(cfg, dist)
+
+
+def train(cfg: RunConfig, dist: Dist) -> State:
+    e, t = cfg.efficiency, cfg.train
+    loader = build_loader(
+        cfg.data.path,
+        "train",
+        cfg.views,
+        dist=dist,
+        batch=cli.rank_batch(cfg, dist.world),
+        accumulation_steps=t.accumulation_steps,
+        seed=t.seed,
+        shuffle=cfg.data.shuffle,
+        backend=e.loader,
+        workers=e.workers,
+        prefetch=e.prefetch,
+    )
+    folder, resume = runs.open_run(cfg, dist)
+    torch.manual_seed(t.seed)
+    method = METHODS[cfg.method.name](cfg.method, partial(build_backbone, cfg.model.arch), cfg.model.norm)
+    state = prepare(method, cfg, dist, loader.steps_per_epoch)
+    checkpoint.check_free_space(state, folder)
+    if resume:
+        checkpoint.restore(state, resume)
+    elif t.init_from:
+        checkpoint.initialise(state, Path(t.init_from))
+    runs.describe_run(folder, cfg, dist)
+    if dist.is_main:
+        log.info(
+            f"{cfg.preset}: {loader.num_samples} images ({loader.backend}), {loader.steps_per_epoch} steps an epoch, batch "
+            f"{t.global_batch_size} = {dist.world} x {t.accumulation_steps} x {cli.rank_batch(cfg, dist.world)}, {dist.device}, "
+            f"{state.dtype}, step {state.step} -> {state.total_steps}, in {folder}"
+        )
+    augment = Augmenter(cfg.views, device=dist.device, dtype=state.dtype, seed=t.seed, channels_last=e.channels_last)
+    fit(state, loader, augment, build_hooks(cfg, dist, folder, state.dtype))
+    if dist.is_main and not state.stop:
+        log.info(f"done: step {state.step}; {folder / checkpoint.LAST}, backbone.safetensors, metrics.jsonl, curves.png")
+    return state
+
+
+def build_hooks(cfg: RunConfig, dist: Dist, folder: Path, dtype: torch.dtype) -> list[hooks.Hook]:
+    """In the order they run: evaluation before the checkpoint, pictures last."""
+    progress = hooks.Progress(folder)
+    chosen: list[hooks.Hook] = [hooks.Preemption(), progress, hooks.NonFinite(folder, max_bad_steps=cfg.train.max_bad_steps)]
+    if cfg.eval.knn_every_epochs:
+        e = cfg.eval
+        knn = partial(
+            evaluate, data_path=cfg.data.path, dist=dist, k=e.knn_k, resize=e.resize, crop=e.crop, dtype=dtype, backend=cfg.efficiency.loader
+        )
+        chosen.append(hooks.OnlineEvaluation(knn, progress.write, every_epochs=e.knn_every_epochs))
+    chosen.append(hooks.Checkpointer(folder, every_epochs=cfg.log.checkpoint_every_epochs, keep_every=cfg.log.keep_every))
+    if cfg.log.pictures:
+        chosen.append(hooks.Pictures(folder))
+    return chosen
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        main()
+    except (ConfigError, DataError, checkpoint.CheckpointError) as error:
+        sys.exit(f"train.py: {error}")
