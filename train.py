@@ -20,10 +20,10 @@ from fastssl import checkpoint, cli, hooks, runs
 from fastssl.augment.augmenter import Augmenter
 from fastssl.config import ConfigError, RunConfig
 from fastssl.distributed import Dist, session
-from fastssl.engine import State, fit, prepare
+from fastssl.engine import State, compiles, fit, prepare
 from fastssl.methods import METHODS
 from fastssl.models.resnet import build_backbone
-from loaders.build import build_loader
+from loaders.build import build_loader, has_split
 from loaders.errors import DataError
 
 log = logging.getLogger("fastssl")
@@ -72,19 +72,28 @@ def train(cfg: RunConfig, dist: Dist) -> State:
             f"{t.global_batch_size} = {dist.world} x {t.accumulation_steps} x {cli.rank_batch(cfg, dist.world)}, {dist.device}, "
             f"{state.dtype}, step {state.step} -> {state.total_steps}, in {folder}"
         )
-    augment = Augmenter(cfg.views, device=dist.device, dtype=state.dtype, seed=t.seed, channels_last=e.channels_last)
-    fit(state, loader, augment, build_hooks(cfg, dist, folder, state.dtype))
+    augment = Augmenter(
+        cfg.views,
+        device=dist.device,
+        dtype=state.dtype,
+        seed=t.seed,
+        channels_last=e.channels_last,
+        compile=compiles(cfg, dist.device) and dist.device.type == "cuda",
+    )
+    fit(state, loader, augment, build_hooks(cfg, dist, folder, state.dtype, labelled=loader.labels is not None))
     if dist.is_main and not state.stop:
         log.info(f"done: step {state.step}; {folder / checkpoint.LAST}, backbone.safetensors, metrics.jsonl, curves.png")
     return state
 
 
-def build_hooks(cfg: RunConfig, dist: Dist, folder: Path, dtype: torch.dtype) -> list[hooks.Hook]:
+def build_hooks(cfg: RunConfig, dist: Dist, folder: Path, dtype: torch.dtype, *, labelled: bool) -> list[hooks.Hook]:
     """In the order they run: evaluation before the checkpoint, pictures last."""
     progress = hooks.Progress(folder)
     chosen: list[hooks.Hook] = [hooks.Preemption(), progress, hooks.NonFinite(folder, max_bad_steps=cfg.train.max_bad_steps)]
-    if cfg.eval.knn_every_epochs:
-        e = cfg.eval
+    e = cfg.eval
+    if e.knn_every_epochs and not (labelled and has_split(cfg.data.path, "val")):
+        log.info(f"no online k-NN: it needs labels and a validation split in {cfg.data.path}")
+    elif e.knn_every_epochs:
         knn = partial(
             evaluate, data_path=cfg.data.path, dist=dist, k=e.knn_k, resize=e.resize, crop=e.crop, dtype=dtype, backend=cfg.efficiency.loader
         )

@@ -40,13 +40,16 @@ def votes(weight: Tensor, label: Tensor, num_classes: int) -> Tensor:
     return out
 
 
+NO_RANK = 2**31
+
+
 def truth_rank(votes: Tensor, truth: Tensor) -> Tensor:
-    """How many classes are ranked before the true one [n]: by votes, equal ones by label.  A class unknown to the bank is last."""
+    """How many classes are ranked before the true one [n]: by votes, equal ones by label.  A class unknown to the bank has no rank."""
     classes = torch.arange(votes.shape[1], device=votes.device)
     known = truth < votes.shape[1]
     of_truth = votes.gather(1, torch.where(known, truth, 0)[:, None])
     before = (votes > of_truth) | ((votes == of_truth) & (classes < truth[:, None]))
-    return torch.where(known, before.sum(1), votes.shape[1])
+    return torch.where(known, before.sum(1), NO_RANK)
 
 
 def _percent(hits: Sequence[int], count: int, dist: Dist) -> list[float]:
@@ -197,7 +200,7 @@ class Args:
     """Images per rank in one forward pass."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast type of the forward pass."""
-    loader: str = "auto"
+    loader: Literal["auto", "ffcv", "torchvision", "folder"] = "auto"
     """Decoder, as in train.py."""
     workers: int = 0
     """Decoder threads per rank; 0: the cores divided by the ranks."""

@@ -107,10 +107,11 @@ def search(bank: Bank, query: Bank, *, k: int, dist: Dist, squared_l2: bool = Fa
         answers = _all_to_all(best, dist).unflatten(0, (dist.world, -1)).transpose(0, 1).flatten(1, 2)
         found.append(_best(answers[: len(mine)], k))
     score, index, label = (torch.cat(found) if found else bank.index.new_empty(0, k, 3)).unbind(2)
+    value = score.double()  # dividing int64 by a Python float would give float32
     if squared_l2:
         own = torch.cat([_grid(part).square().sum(1) for part in query.features.split(rows)])
-        return Neighbours((own[:, None] - score) / STEPS**2, index, label)
-    return Neighbours(score / STEPS**2, index, label)
+        return Neighbours((own[:, None] - value) / STEPS**2, index, label)
+    return Neighbours(value / STEPS**2, index, label)
 
 
 def _all_gather(x: Tensor, rows: int, dist: Dist) -> Tensor:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import shutil
+import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.batch import ImageBatch, Views
@@ -24,6 +28,8 @@ from fastssl.optim.schedules import Sched, Schedules, cosine_momentum, warmup_ep
 if TYPE_CHECKING:
     from fastssl.hooks import Hook
 
+log = logging.getLogger("fastssl")
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -34,6 +40,21 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         return torch.float16
     return torch.bfloat16
+
+
+def compiles(cfg: RunConfig, device: torch.device) -> bool:
+    """Whether the forward pass and the colour chain are compiled.  Inductor needs a C++ compiler and Python's headers."""
+    wanted = cfg.efficiency.compile == "on" or (cfg.efficiency.compile == "auto" and device.type == "cuda")
+    if not wanted:
+        return False
+    missing = [] if shutil.which("g++") or shutil.which("clang++") else ["a C++ compiler (g++)"]
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        missing.append("Python's headers (python3-dev)")
+    if missing and cfg.efficiency.compile == "on":
+        raise ConfigError(f"--efficiency.compile on needs {' and '.join(missing)}. Install them, or take --efficiency.compile off.")
+    if missing:
+        log.warning(f"running without torch.compile: {' and '.join(missing)} not found")
+    return not missing
 
 
 @dataclass
@@ -103,7 +124,7 @@ def prepare(method: Method, cfg: RunConfig, dist: Dist, steps_per_epoch: int) ->
         method.to(memory_format=torch.channels_last)
     method.train()
     optimizer = build_optimizer(method, cfg)
-    if cfg.efficiency.compile == "on" or (cfg.efficiency.compile == "auto" and dist.device.type == "cuda"):
+    if compiles(cfg, dist.device):
         method.compile(dynamic=False)  # in place and before DDP: state-dict keys stay clean
     model: nn.Module = method
     if dist.world > 1:
@@ -192,9 +213,3 @@ def fit(state: State, loader, augment, hooks: Sequence[Hook]) -> State:
             hook.finish(state)
     return state
 
-
-def mean_over_ranks(x: Tensor, dist: Dist) -> Tensor:
-    if dist.world > 1:
-        torch.distributed.all_reduce(x)
-        x /= dist.world
-    return x

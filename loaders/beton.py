@@ -287,6 +287,7 @@ class BetonWriter:
             for table in part:
                 self._file.write(table.tobytes())
         self._sync(self._file)
+        self._end += self._allocations.nbytes
 
         image, label = self._samples["f0"], [np.ascontiguousarray(self._samples["f1"])] if self.labels else []
         with open(_partial(sidecar_path(self.path)), "w") as f:

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import count
 from pathlib import Path
@@ -63,7 +63,7 @@ class TrainLoader:
         """int64 [num_samples], or None."""
         self.classes: Sequence[str] | None = decoder.classes
         self.wait_s = 0.0
-        """Seconds that the consumer has waited for batches; who reads it sets it back to 0."""
+        """Seconds that the consumer has waited for batches so far."""
 
     def from_step(self, step: int) -> Iterator[ImageBatch]:
         """The batches of global step `step`, step + 1, ...: each step as `accumulation_steps` micro-batches in a row.
@@ -133,6 +133,7 @@ def build_loader(
     folders.  workers: decoder threads of this rank; 0 takes its share of the cores.  Raises DataError when the data or the
     back end cannot be used.
     """
+    _check(batch, prefetch)
     decoder = open_decoder(path, split, backend=backend, workers=_workers(workers, dist), say=dist.rank == 0)
     order = Order(len(decoder), batch * accumulation_steps * dist.world, seed, shuffle)
     return TrainLoader(
@@ -144,11 +145,21 @@ def build_eval_loader(
     path: str, split: Split, spec: ViewSpec, *, dist: Dist, batch: int, backend: Backend = "auto", workers: int = 0, prefetch: int = 3
 ) -> EvalLoader:
     """One sequential pass, shared by the ranks.  Arguments and errors as for `build_loader`."""
+    _check(batch, prefetch)
     decoder = open_decoder(path, split, backend=backend, workers=_workers(workers, dist), say=dist.rank == 0)
     return EvalLoader(decoder, Geometry(spec), dist=dist, batch=batch, prefetch=prefetch)
 
 
+def _check(batch: int, prefetch: int) -> None:
+    if batch < 1:
+        raise DataError(f"A batch of {batch} images per rank is empty. Set a global batch size of at least one image per rank.")
+    if prefetch < 1:
+        raise DataError(f"{prefetch} batches cannot be decoded ahead. Set --efficiency.prefetch to at least 1.")
+
+
 def _workers(asked: int, dist: Dist) -> int:
+    if asked < 0:
+        raise DataError(f"There cannot be {asked} decoder threads. Set --efficiency.workers to 0 (a share of the cores) or more.")
     cores = len(os.sched_getaffinity(0))
     if asked == 0:
         return min(max(1, cores // dist.local_world), _MAX_WORKERS)
@@ -184,7 +195,8 @@ def open_decoder(path: str, split: Split, *, backend: Backend, workers: int, say
         from loaders.torchvision import TorchvisionDecoder
 
         return TorchvisionDecoder(found, workers)
-    from loaders.folder import FolderDecoder, scan
+    from loaders.class_folders import scan
+    from loaders.folder import FolderDecoder
 
     # A validation set without some class must not renumber the others.
     training = found.parent / "train"
@@ -211,11 +223,24 @@ def _say_once(message: str) -> None:
 # ------------------------------------------------------------------------------------------------ paths
 
 
+def has_split(path: str, split: Split) -> bool:
+    """Whether `build_loader` and `build_eval_loader` would find this split."""
+    try:
+        find(Path(path), split)
+    except DataError:
+        return False
+    return True
+
+
 def find(path: Path, split: Split, prefer_folder: bool = False) -> Path:
     """The .beton or class-folder tree that holds `split`.  Raises DataError, which names the conversion command."""
-    convert = f"Convert ImageNet with `make convert-imagenet IMAGENET=DIR`, any class folders with: python -m convert.imagenet --source DIR --out {path if path.suffix != '.beton' else path.parent}"
+    out = path.parent if path.suffix == ".beton" else path
+    convert = (
+        "Convert ImageNet with `make convert-imagenet IMAGENET=DIR`, any class folders with: "
+        f"python -m convert.imagenet --source DIR --out {out}"
+    )
     if not path.exists():
-        raise DataError(f"There is no data at {path}. {convert}; or pass --data.path.")
+        raise DataError(f"There is no data at {path}. {convert} (or pass another --data.path)")
     layout = [(path / f"{s}.beton", path / s) for s in ("train", "val")]
     beton, folder = layout[split == "val"]
     if path.is_dir():
@@ -223,12 +248,12 @@ def find(path: Path, split: Split, prefer_folder: bool = False) -> Path:
         if candidates:
             return candidates[-1 if prefer_folder else 0]
         if any(p.exists() for pair in layout for p in pair):
-            raise DataError(f"{path} has neither {beton.name} nor {folder.name}/. {convert}.")
+            raise DataError(f"{path} has neither {beton.name} nor {folder.name}/. {convert}")
         if not any(entry.is_dir() for entry in os.scandir(path)):
-            raise DataError(f"{path} holds no {beton.name} and no class folders. {convert}.")
+            raise DataError(f"{path} holds no {beton.name} and no class folders. {convert}")
     if split == "val":
         raise DataError(
             f"{path} is one data set, which is taken for training; it has no validation part. Pass a folder that holds train.beton and "
-            f"val.beton, or train/ and val/ class folders. {convert}."
+            f"val.beton, or train/ and val/ class folders. {convert}"
         )
     return path

@@ -11,6 +11,7 @@ import numpy as np
 
 from loaders.beton import Beton
 from loaders.errors import DataError
+from loaders.sidecar import convert_again
 
 OK, CORRUPT, WRONG_SIZE, OUTSIDE = 0, 1, 2, 3
 """Status of a decoded sample."""
@@ -64,8 +65,7 @@ class BetonDecoder:
 
     def error(self, sample: int, status: int) -> DataError:
         name = f" ({self.beton.names[sample]})" if self.beton.names else ""
-        source = self.beton.source or "DIR"
         return DataError(
-            f"{self.path} is damaged: sample {sample}{name} cannot be decoded, because {_REASONS[status]}. Copy the file again if it was "
-            f"copied here; otherwise convert again with: python -m convert.imagenet --source {source} --out {self.path.parent} --overwrite"
+            f"{self.path} is damaged: sample {sample}{name} cannot be decoded, because {_REASONS[status]}. Copy the file anew if it was "
+            f"copied here. {convert_again(self.path, self.beton.source)}"
         )

@@ -12,7 +12,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
-import sys
+from contextlib import suppress
 from pathlib import Path
 
 import llvmlite.binding
@@ -65,16 +65,10 @@ def _prefer_own_tbb() -> None:
     The wheel puts it into the environment's lib folder, where the dynamic linker does not look, and a libtbb of the system
     (a dependency of FFCV's OpenCV) may be too old for numba.
     """
-    folders = [Path(sys.prefix, "lib")]
-    try:
-        installed = importlib.metadata.files("tbb") or ()
-        folders = [Path(f.locate()).resolve().parent for f in installed if f.name == "libtbb.so.12"] + folders
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    for folder in folders:
-        if (folder / "libtbb.so.12").exists():
-            ctypes.CDLL(str(folder / "libtbb.so.12"), ctypes.RTLD_GLOBAL)
-            return
+    with suppress(importlib.metadata.PackageNotFoundError, OSError):
+        for file in importlib.metadata.files("tbb") or ():
+            if file.name == "libtbb.so.12":
+                ctypes.CDLL(str(file.locate()), ctypes.RTLD_GLOBAL)
 
 
 @njit(nogil=True, cache=True)

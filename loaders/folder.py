@@ -1,6 +1,6 @@
 """Back end `folder`: a tree of class folders as it lies on the disk, without conversion.
 
-Classes, files and labels are those of torchvision's ImageFolder, and like there images are not turned by their EXIF tag.
+Images are not turned by their EXIF tag: torchvision's ImageFolder does not, and neither does the conversion.
 """
 
 from __future__ import annotations
@@ -13,46 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from loaders.class_folders import scan
 from loaders.decoder import CORRUPT, OK
 from loaders.errors import DataError
 from loaders.torchvision import decode_rgb
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Lower-case endings of the files that count as images; the case in a file's name does not matter."""
-
-
-def scan(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], np.ndarray, list[str]]:
-    """Image files below the class folders of `root` (paths relative to it), labels int64 [N], class names; in ImageFolder's
-    order, without hidden files.  `classes`: names whose positions are the labels (those of the training set); default: its own.
-
-    Raises DataError without class folders, for a class folder without images, or for one that is not among `classes`.
-    """
-    try:
-        own = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{root} cannot be read ({error.strerror}). Give a folder that holds one folder of images per class.") from error
-    if not own:
-        raise DataError(f"{root} holds no class folders. Give a folder that holds one folder of images per class.")
-    classes = list(own if classes is None else classes)
-    if strange := sorted(set(own) - set(classes)):
-        raise DataError(
-            f"{root} has class folders that the training set has not ({', '.join(strange[:5])}). Give both splits the same class folders."
-        )
-    index = {name: label for label, name in enumerate(classes)}
-    files: list[str] = []
-    labels: list[int] = []
-    for name in own:
-        before = len(files)
-        for folder, _, found in sorted(os.walk(root / name, followlinks=True)):
-            images = [f for f in sorted(found) if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
-            files += [os.path.relpath(os.path.join(folder, f), root) for f in images]
-        if len(files) == before:
-            raise DataError(
-                f"The class folder {root / name} holds no images ({' '.join(EXTENSIONS)}). Remove the folder, or put the images of the "
-                "class there."
-            )
-        labels += [index[name]] * (len(files) - before)
-    return files, np.array(labels, np.int64), classes
 
 
 class FolderDecoder:
@@ -106,7 +70,8 @@ class FolderDecoder:
         return self._bad(sample, "it is cut off or broken" if status == CORRUPT else "its size changed while it was read")
 
     def _bad(self, i: int, reason: object) -> DataError:
+        source = self.path.parent if self.path.name in ("train", "val") else self.path
         return DataError(
-            f"{self.path / self.files[i]} cannot be read as an image: {reason}. Remove or replace the file, or convert the folder, which lists all bad "
-            f"files at once: python -m convert.imagenet --source {self.path}"
+            f"{self.path / self.files[i]} cannot be read as an image: {reason}. Remove or replace the file, or convert the folder, which "
+            f"lists all bad files at once: python -m convert.imagenet --source {source} --out DIR"
         )

@@ -8,6 +8,7 @@ device's work only, and the decoder does not run there.
 from __future__ import annotations
 
 import atexit
+import functools
 import math
 import threading
 from collections.abc import Iterable
@@ -42,6 +43,12 @@ class _Slot:
     pixels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     small: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     copied: torch.cuda.Event | None = None
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all rings: torch keeps freed device memory per stream, and every evaluation opens a ring."""
+    return torch.cuda.Stream(device)
 
 
 class Ring:
@@ -89,10 +96,11 @@ class Ring:
         return batch
 
     def close(self) -> None:
-        """Stop the thread; the batch in hand loses its pixels' owner."""
+        """Stop the thread; it ends with the batch it is at."""
         self._closed.set()
         self._free.put(None)
-        self._thread.join(timeout=10)
+        if threading.current_thread() is not self._thread:  # the garbage collector runs in any thread
+            self._thread.join(timeout=10)
         atexit.unregister(self.close)
 
     # -------------------------------------------------------------------------------------------- the decoding thread
@@ -101,7 +109,7 @@ class Ring:
         try:
             if self._cuda:
                 torch.cuda.set_device(self._device)
-                with torch.cuda.stream(torch.cuda.Stream(self._device)):
+                with torch.cuda.stream(_copy_stream(self._device)):
                     self._run()
             else:
                 self._run()

@@ -95,4 +95,3 @@ def solarize(x: Tensor, on: Tensor) -> Tensor:
 def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x / 255 - mean) / std.  mean, std: [N, 3] on the 0..1 scale."""
     return x * (1 / (255 * std))[:, :, None, None] - (mean / std)[:, :, None, None]
-

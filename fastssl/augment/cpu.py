@@ -214,8 +214,11 @@ def _colour(planes, spare, jitter, order, factors, hue, grey, sigma, solarize):
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def _render(out, pixels, offset, pitch, height, width, boxes, flips, bicubic, whole, mean, std, jitter, order, factors, hue, grey, sigma, solarize):
-    """out: float32 [V, B, s, s, 3]; pixels uint8; per image [B]; boxes [B, V, 4], flips [B, V]; per view [V]; colours [V, B, ...]."""
+def _render(
+    out, pixels, offset, pitch, height, width, boxes, flips, bicubic, whole, mean, std, jitter, order, factors, hue, grey, sigma, solarize
+):
+    """out float32 [V, B, s, s, 3]; pixels uint8; offset .. width [B]; boxes [B, V, 4], flips [B, V]; bicubic, whole [V];
+    mean, std [V, 3]; jitter .. solarize [V, B], order [V, B, 4], factors [V, B, 3]."""
     views, batch, size = out.shape[0], out.shape[1], out.shape[2]
     for n in prange(views * batch):
         v, i = n // batch, n % batch

@@ -61,7 +61,7 @@ def patch(path: Path, position: int, value: bytes) -> None:
 @pytest.mark.parametrize("raw", [True, False])
 def test_round_trip(tmp_path, labels, raw):
     path = tmp_path / "x.beton"
-    page = 1 << 13
+    page = 1 << 14
     stored = write(path, labels=labels, raw=raw, page_size=page, repeat=4)
     opened = Beton.open(path)
     assert len(opened) == len(stored)

@@ -21,18 +21,19 @@ from fastssl.views import CenterCrop, Crop, Photometric, View, byol_asymmetric, 
 # Pillow rounds after each of its two passes; we do not round at all. Bicubic overshoots are clipped in between, and since
 # version 13 Pillow decides per size which pass comes first, so bicubic is compared on images that do not reach the clip
 # (`faded`), and the clip itself where there is one pass only.
-RESAMPLE = {"bilinear": (0.35, 1.01), "bicubic": (0.45, 1.6)}  # 0.30, 0.99 | 0.34, 1.27
-CENTER = {"bilinear": (0.35, 1.01), "bicubic": (0.45, 1.6)}
+RESAMPLE = {"bilinear": (0.4, 1.01), "bicubic": (0.4, 1.2)}  # 0.36, 1.00 | 0.34, 1.08
+ONE_PASS = (0.3, 0.51)  # 0.25, 0.50
 # Pillow truncates after each blend: half a step of bias, one step at most, a rounded grey or mean on top.
 BLEND = (0.7, 1.5)  # 0.55, 1.2
 GREY = (0.3, 0.51)  # 0.25, 0.5
 # Pillow keeps hue in 8 bits: a step is 6 / 255 of the chroma, and hue, its shift and the saturation are all truncated.
-TURN_NATURAL = (1.2, 9.0)  # 0.9, 7.6
+TURN_NATURAL = (1.2, 9.0)  # 1.0, 7.0
 TURN_NOISE = (2.0, 18.0)  # 1.4, 14.4
 # Pillow rounds after each of six passes.
-BLUR = (1.1, 3.5)  # 1.04 (noise at sigma .1), 3.0
-# The whole chain, hue steps of a photograph amplified by contrast.
-CHAIN = (2.5, 20.0)
+BLUR = (1.4, 3.5)  # 1.24 (two-tone at sigma .1), 2.9
+# The whole chain: truncations and hue steps add up to a bias of one channel. Of the worst crop, and over all crops.
+CHAIN = (3.5, 13.0)  # 3.2, 11.3
+CHAIN_MEAN = 1.6  # 1.4
 # CPU kernels and torch reference differ by the order of float32 sums.
 KERNEL = 2e-3  # 3e-4
 
@@ -82,8 +83,8 @@ def pictures():
     """Photographs, noise, grey and two-tone images of odd sizes."""
     rng = np.random.default_rng(0)
     astronaut, coffee = photographs.astronaut(), photographs.coffee()
-    sizes = [(97, 131), (120, 100), (64, 64), (201, 77)]
-    out = [np.ascontiguousarray(p[40 : 40 + h, 150 : 150 + w]) for p, (h, w) in zip((astronaut, coffee, astronaut, coffee), sizes, strict=True)]
+    sources = [(astronaut, 97, 131), (coffee, 120, 100), (astronaut, 64, 64), (coffee, 201, 77)]
+    out = [np.ascontiguousarray(p[40 : 40 + h, 150 : 150 + w]) for p, h, w in sources]
     out.append(rng.integers(0, 256, (83, 59, 3), dtype=np.uint8))
     out.append((rng.random((50, 70, 1)) < 0.5).repeat(3, 2).astype(np.uint8) * 255)
     out.append(np.repeat(out[0][..., :1], 3, axis=2))
@@ -134,7 +135,6 @@ def hwc(x):
 def assert_near(ours, theirs, tolerance, what=""):
     difference = np.abs(ours.astype(np.float64) - np.asarray(theirs, dtype=np.float64))
     mean, largest = tolerance
-    import os; open(os.environ["MEASURE"],"a").write(f"{tolerance} {difference.mean():.3f} {difference.max():.2f} {what}\n")
     assert difference.mean() <= mean and difference.max() <= largest, f"{what}: mean {difference.mean():.3f}, max {difference.max():.2f}"
 
 
@@ -188,7 +188,7 @@ def test_bicubic_overshoot_is_clipped(pictures, name):
     out = RENDERERS[name](make_batch(images, boxes), plan, params(1, len(images)))
     assert out.min() == 0 and abs(out.max() - 255) < 1e-3
     for i, im in enumerate(images):
-        assert_near(hwc(out[i]), pil_resize(im, boxes[i][0], 30, "bicubic"), (0.35, 0.51), f"image {i}")
+        assert_near(hwc(out[i]), pil_resize(im, boxes[i][0], 30, "bicubic"), ONE_PASS, f"image {i}")
 
 
 def center_box(h, w, resize, size):
@@ -209,7 +209,7 @@ def test_center_crop_is_torchvisions(pictures, name, interpolation, size, resize
     mode = InterpolationMode.BICUBIC if interpolation == "bicubic" else InterpolationMode.BILINEAR
     for i, im in enumerate(pictures):
         expected = TF.center_crop(TF.resize(Image.fromarray(im), resize, mode), [size, size])
-        assert_near(hwc(out[i]), expected, CENTER[interpolation], f"image {i}")
+        assert_near(hwc(out[i]), expected, RESAMPLE[interpolation], f"image {i}")
 
 
 def test_memory_bound_does_not_change_the_result(pictures, monkeypatch):
@@ -309,10 +309,13 @@ def test_whole_chain_is_torchvisions(pictures, name):
     every = torch.tensor(ORDERS).repeat(2, 1)
     p = replace(p, order=torch.stack((every, every.flip(0))))
     out = RENDERERS[name](batch, aug.plans[0], p).unflatten(0, (2, -1))
+    total = 0.0
     for v in range(2):
         for i, im in enumerate(images):
-            crop = pil_resize(im, boxes[i][v], 40, "bilinear", batch.flips[i, v])
-            assert_near(hwc(out[v, i]), pil_chain(crop, p, v, i), CHAIN, f"view {v}, image {i}")
+            expected = np.asarray(pil_chain(pil_resize(im, boxes[i][v], 40, "bilinear", batch.flips[i, v]), p, v, i))
+            assert_near(hwc(out[v, i]), expected, CHAIN, f"view {v}, image {i}")
+            total += np.abs(hwc(out[v, i]) - expected).mean()
+    assert total / (2 * len(images)) <= CHAIN_MEAN
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -323,7 +326,9 @@ def test_kernels_equal_the_reference(pictures, interpolation):
     for i, im in enumerate(images):
         boxes[i][2] = center_box(*im.shape[:2], 50, 37)
     batch = make_batch(images, boxes, rng.random((len(images), 3)) < 0.5, pad=7)
-    wild = Photometric(jitter=0.9, brightness=1.2, contrast=1.0, saturation=1.0, hue=0.5, grey=0.2, blur=0.7, sigma=(0.1, 9.0), solarize=0.3)
+    wild = Photometric(
+        jitter=0.9, brightness=1.2, contrast=1.0, saturation=1.0, hue=0.5, grey=0.2, blur=0.7, sigma=(0.1, 9.0), solarize=0.3
+    )
     spec = (
         View(crop=Crop(size=37, interpolation=interpolation), photometric=wild),
         View(crop=Crop(size=37), photometric=EVERYTHING),
@@ -429,6 +434,23 @@ def test_number_of_threads_does_not_change_the_result(batch_of):
         assert torch.equal(aug(batch).groups[0].pixels, one)
     finally:
         torch.set_num_threads(before)
+
+
+def test_no_second_compilation(pictures):
+    """A batch's slices, strides and neutral parameters must not be a new type for numba: that costs seconds in mid-run."""
+    aug = Augmenter(byol_asymmetric(size=16), device="cpu", dtype=torch.float32, seed=0)
+    images = pictures * 2
+    boxes = [[crop_box(np.random.default_rng(i), *im.shape[:2]) for _ in range(2)] for i, im in enumerate(images)]
+    batch = make_batch(images, boxes)
+    aug(batch)
+    before = len(cpu._render.signatures)
+    every_other = replace(
+        batch,
+        **{f: getattr(batch, f)[::2] for f in ("offset", "height", "width", "pitch", "index", "boxes", "flips")},
+    )
+    aug(every_other)
+    Augmenter(center_crop(size=16, resize=20), device="cpu", dtype=torch.float32, seed=0)(every_other)
+    assert before == len(cpu._render.signatures)
 
 
 def test_groups_order_layout_and_normalisation(batch_of):

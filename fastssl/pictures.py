@@ -1,0 +1,194 @@
+"""What a run looks like: views.png (source images, their boxes, the augmented views) and curves.png (loss, rates, k-NN).
+
+Both are for people: a wrong crop, a colour that is too strong or a loss that does not move is seen at a glance.  Files are
+written under a temporary name and renamed, so a viewer never meets half a picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from fastssl.batch import ImageBatch, Views
+from fastssl.metrics import Record, read_jsonl
+from fastssl.views import ViewSpec
+
+COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#e377c2", "#8c564b", "#bcbd22", "#7f7f7f")
+"""Of the views, in order; more views begin again."""
+CELL, GAP, CAPTION, MARGIN, FRAME = 160, 12, 18, 16, 3
+"""Pixels of views.png: side of a picture, space between them, height of a caption, border of the page, width of a frame."""
+
+FIGURE_INCHES, ROW_INCHES, DPI = (12, 6), 2, 100
+"""Of curves.png: the page, what a row of terms adds to it."""
+TERMS_PER_ROW = 4
+MARKERS_UP_TO = 40
+"""A line of few points shows them."""
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------ views.png
+
+
+def save_views(batch: ImageBatch, views: Views, spec: ViewSpec, path: Path, samples: int = 6) -> None:
+    """One row per sample: the source image with its boxes, then every view in the colour of its box.  Synchronises with the device."""
+    count = min(samples, len(batch))
+    pixels = [_denormalise(x[:count], view.photometric) for x, view in zip(views.per_view(), spec, strict=True)]
+    boxes, flips, index = views.boxes[:count].tolist(), views.flips[:count].tolist(), views.index[:count].tolist()
+    sources = [Image.fromarray(batch.image(i).cpu().numpy()) for i in range(count)]
+    scales = [CELL / source.height for source in sources]
+    # very wide images would make the page mostly empty
+    scales = [min(scale, 2 * CELL / source.width) for scale, source in zip(scales, sources, strict=True)]
+    source_width = max([CELL, *(round(scale * source.width) for scale, source in zip(scales, sources, strict=True))])
+
+    width = 2 * MARGIN + source_width + len(spec) * (CELL + GAP)
+    height = 2 * MARGIN + count * (CELL + CAPTION) + (count - 1) * GAP
+    page = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
+
+    for i, (source, scale) in enumerate(zip(sources, scales, strict=True)):
+        top = MARGIN + i * (CELL + CAPTION + GAP)
+        draw.text((MARGIN, top), f"#{index[i]}   {source.width} x {source.height} px", fill="black", font=font)
+        page.paste(_with_boxes(source, scale, boxes[i]), (MARGIN, top + CAPTION))
+        for v, view in enumerate(spec):
+            left = MARGIN + source_width + GAP + v * (CELL + GAP)
+            caption = f"view {v + 1}   {view.crop.size} px" + ("   flipped" if flips[i][v] else "")
+            draw.text((left, top), caption, fill="black", font=font)
+            colour = COLOURS[v % len(COLOURS)]
+            draw.rectangle((left, top + CAPTION, left + CELL - 1, top + CAPTION + CELL - 1), fill=colour)
+            inner = CELL - 2 * FRAME
+            picture = Image.fromarray(pixels[v][i].numpy()).resize((inner, inner), Image.Resampling.BICUBIC)
+            page.paste(picture, (left + FRAME, top + CAPTION + FRAME))
+    _write(path, lambda partial: page.save(partial, format="PNG"))
+
+
+def _denormalise(x: torch.Tensor, photometric) -> torch.Tensor:
+    """[n, 3, s, s] normalised -> uint8 [n, s, s, 3] on the host."""
+    mean, std = (torch.tensor(t)[:, None, None] for t in (photometric.mean, photometric.std))
+    return ((x.float().cpu() * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+
+
+def _with_boxes(source: Image.Image, scale: float, boxes: list[list[float]]) -> Image.Image:
+    size = max(1, round(scale * source.width)), max(1, round(scale * source.height))
+    picture = source.resize(size, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(picture)
+    for v, (top, left, height, width) in enumerate(boxes):
+        x0, y0 = round(scale * left), round(scale * top)
+        x1 = min(max(round(scale * (left + width)) - 1, x0 + 1), size[0] - 1)
+        y1 = min(max(round(scale * (top + height)) - 1, y0 + 1), size[1] - 1)
+        corners = min(x0, x1), min(y0, y1), x1, y1
+        draw.rectangle(corners, outline=COLOURS[v % len(COLOURS)], width=2)
+    return picture
+
+
+# ------------------------------------------------------------------------------------------------ curves.png
+
+
+def save_curves(metrics_jsonl: Path, path: Path) -> None:
+    """Loss, learning rate and EMA momentum, k-NN accuracy, images/s, and each term a method logs, over steps and epochs.
+
+    Reads the records of `RunLog`; without a single one nothing is written.
+    """
+    # here, because loading it takes a second that most commands need not spend
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_jsonl(metrics_jsonl)
+    if not records:
+        return
+    series = _series(records)
+    accuracy = {name: line for name, line in series.items() if name.startswith("eval/") and name.endswith("top1")}
+    terms = {name: line for name, line in series.items() if name.startswith("train/") and name != "train/loss"}
+    # counters of the engine that never left zero say nothing
+    terms = {name: line for name, line in terms.items() if any(line[1])}
+    rows = math.ceil(len(terms) / TERMS_PER_ROW)
+
+    inches = FIGURE_INCHES[0], FIGURE_INCHES[1] + rows * ROW_INCHES
+    figure = Figure(figsize=inches, dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2 + rows, 2 * TERMS_PER_ROW, height_ratios=[FIGURE_INCHES[1] / 2] * 2 + [ROW_INCHES] * rows)
+    half = TERMS_PER_ROW
+    loss, rate = figure.add_subplot(grid[0, :half]), figure.add_subplot(grid[0, half:])
+    speed = figure.add_subplot(grid[1, half:] if accuracy else grid[1, :])
+
+    _line(loss, "loss", series.get("train/loss"), COLOURS[1])
+    _line(rate, "learning rate", series.get("sched/lr"), COLOURS[3])
+    if "sched/ema" in series:
+        momentum = rate.twinx()
+        momentum.spines[["left", "top"]].set_visible(False)
+        momentum.plot(*series["sched/ema"], color=COLOURS[4], linewidth=1.2)
+        momentum.ticklabel_format(useOffset=False)
+        momentum.tick_params(labelsize=8, colors=COLOURS[4])
+        rate.tick_params(axis="y", colors=COLOURS[3])
+        rate.set_title("EMA momentum", loc="right", fontsize=10, color=COLOURS[4])
+        rate.title.set_visible(False)
+        rate.set_title("learning rate", loc="left", fontsize=10, color=COLOURS[3])
+    _line(speed, "images/s", series.get("perf/img_per_s"), COLOURS[2])
+    speed.set_ylim(bottom=0)
+    if accuracy:
+        knn = figure.add_subplot(grid[1, :half])
+        for i, (name, line) in enumerate(accuracy.items()):
+            knn.plot(*line, color=COLOURS[i % len(COLOURS)], marker="o", markersize=3.5, linewidth=1.2, label=_short(name))
+        _style(knn, "k-NN top-1, %")
+        knn.legend(fontsize=8, frameon=False, loc="best")
+    for i, (name, line) in enumerate(terms.items()):
+        at = 2 * (i % TERMS_PER_ROW)
+        _line(figure.add_subplot(grid[2 + i // TERMS_PER_ROW, at : at + 2]), _short(name), line, "#444444", small=True)
+
+    last = max(record["step"] for record in records)
+    per_epoch = _steps_per_epoch(records)
+    for ax in figure.axes:
+        ax.set_xlim(0, last)
+    for ax in (loss, rate) if per_epoch else ():
+        epochs = ax.secondary_xaxis("top", functions=(lambda step: step / per_epoch, lambda epoch: epoch * per_epoch))
+        epochs.tick_params(labelsize=8)
+        epochs.set_xlabel("epoch", fontsize=8)
+    _write(path, lambda partial: figure.savefig(partial, format="png"))
+
+
+def _series(records: list[Record]) -> dict[str, tuple[list[float], list[float]]]:
+    """name -> (steps, values), without the values that were not finite (null)."""
+    out: dict[str, tuple[list[float], list[float]]] = {}
+    for record in records:
+        for name, value in record.items():
+            if "/" in name and value is not None:
+                steps, values = out.setdefault(name, ([], []))
+                steps.append(record["step"])
+                values.append(value)
+    return out
+
+
+def _steps_per_epoch(records: list[Record]) -> float | None:
+    known = [record["step"] / record["epoch"] for record in records if record.get("epoch")]
+    return known[-1] if known else None
+
+
+def _short(name: str) -> str:
+    return name.partition("/")[2]
+
+
+def _line(ax, title: str, line: tuple[list[float], list[float]] | None, colour: str, *, small: bool = False) -> None:
+    if line:
+        ax.plot(*line, color=colour, linewidth=1.2, marker="o" if len(line[0]) <= MARKERS_UP_TO else None, markersize=2 if small else 3)
+    _style(ax, title, small=small)
+
+
+def _style(ax, title: str, *, small: bool = False) -> None:
+    ax.set_title(title, loc="left", fontsize=8 if small else 10)
+    ax.grid(alpha=0.25, linewidth=0.6)
+    ax.spines[["right", "top"]].set_visible(False)
+    ax.tick_params(labelsize=7 if small else 8)
+    ax.locator_params(nbins=4 if small else 6)
+    if not small:
+        ax.set_xlabel("step", fontsize=8)

@@ -1,0 +1,117 @@
+"""Command line, presets and the saved configuration."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastssl import cli
+from fastssl.config import ConfigError, Lars, from_dict, to_dict
+from fastssl.methods import METHODS
+from fastssl.presets import DEFAULTS, PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_is_complete(name: str):
+    cfg = PRESETS[name]()
+    assert cfg.preset == name and PRESETS[name].__doc__
+    assert name.startswith(cfg.method.name)
+    assert from_dict(json.loads(json.dumps(to_dict(cfg))), cfg) == cfg
+    assert cli.check(cfg, world=max(1, cfg.train.global_batch_size // (cfg.train.published_rank_batch or cfg.train.global_batch_size))) == []
+
+
+def test_every_method_has_a_default_and_a_mini():
+    for method in METHODS:
+        assert PRESETS[DEFAULTS[method]]().method.name == method
+        assert f"{method}_mini" in PRESETS
+
+
+# methods/lewel.md section 10 and methods/byol.md section 8
+PUBLISHED = {
+    "lewel_b_eman_r50_100ep": (100, 1024, 3.6, 1e-6, 0.98, "eman"),
+    "lewel_b_eman_r50_200ep": (200, 1024, 3.6, 1.5e-6, 0.98, "eman"),
+    "lewel_b_sync_r50_400ep": (400, 4096, 7.2, 1e-6, 0.996, "sync"),
+    "byol_eman_r50_200ep": (200, 512, 1.8, 1e-6, 0.98, "eman"),
+    "byol_eman_r50_100ep": (100, 1024, 3.6, 1e-6, 0.98, "eman"),
+    "byol_r50_100ep": (100, 4096, 7.2, 1e-6, 0.99, "sync"),
+    "byol_r50_300ep": (300, 4096, 4.8, 1e-6, 0.99, "sync"),
+    "byol_r50_1000ep": (1000, 4096, 3.2, 1.5e-6, 0.996, "sync"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_values(name: str):
+    cfg = PRESETS[name]()
+    assert isinstance(cfg.optim, Lars)
+    found = (
+        *(cfg.train.epochs, cfg.train.global_batch_size, cfg.optim.base_lr, cfg.optim.weight_decay),
+        *(cfg.train.ema_momentum, cfg.model.norm),
+    )
+    assert found == PUBLISHED[name]
+    assert (cfg.optim.warmup_epochs, cfg.optim.sgd_momentum, cfg.optim.eta) == (10, 0.9, 0.001)
+    assert (cfg.method.hidden, cfg.method.dim, cfg.method.projector_layers) == (4096, 256, 2)
+    assert ("mlp.1" in cfg.optim.exclude) == (name == "lewel_b_eman_r50_200ep")
+    if cfg.method.name == "lewel":
+        assert (cfg.method.heads, cfg.method.scale, cfg.method.loss_weight) == (4, 1.0, 0.5)
+    a, b = cfg.views
+    assert (a.crop, a.crop.size, a.crop.scale, a.crop.ratio, a.crop.interpolation) == (b.crop, 224, (0.2, 1.0), (3 / 4, 4 / 3), "bilinear")
+    for p in (a.photometric, b.photometric):
+        assert (p.jitter, p.brightness, p.contrast, p.saturation, p.hue, p.grey, p.sigma) == (0.8, 0.4, 0.4, 0.2, 0.1, 0.2, (0.1, 2.0))
+    assert [(p.photometric.blur, p.photometric.solarize) for p in (a, b)] == [(1.0, 0.0), (0.1, 0.2)]
+
+
+def test_flags_change_leaves():
+    cfg, dry = cli.parse_cli(
+        ["--method", "lewel", "--dry-run", "--optim.base-lr", "0.3", "--views.1.crop.size", "96", "--log.pictures", "False"]
+    )
+    assert dry and cfg.optim.base_lr == 0.3 and cfg.views[1].crop.size == 96 and cfg.views[0].crop.size == 224 and not cfg.log.pictures
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--method", "lewl"], "Did you mean lewel"),
+        (["--preset", "byol_emn_r50_200ep"], "Did you mean byol_eman_r50_200ep"),
+        (["--method", "byol", "--preset", "lewel_mini"], "of the method lewel"),
+        ([], "Name what to train"),
+    ],
+)
+def test_wrong_names(argv: list[str], says: str):
+    with pytest.raises(ConfigError, match=says):
+        cli.parse_cli(argv)
+
+
+def test_unknown_flag_suggests(capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.parse_cli(["--method", "byol", "--optim.base-l", "1"])
+    assert error.value.code == 2
+    assert "--optim.base-lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "says"),
+    [
+        (["--train.global-batch-size", "1000"], 3, "does not divide"),
+        (["--train.accumulation-steps", "3"], 1, "does not divide"),
+        (["--views.0.crop.size", "96"], 1, "two views of one size"),
+        (["--optim.base-lr", "0"], 1, "base-lr"),
+        (["--train.epochs", "0"], 1, "--train.epochs"),
+        (["--train.resume", "auto", "--train.init-from", "x"], 1, "only one"),
+        (["--train.global-batch-size", "8"], 8, "at least two images"),
+    ],
+)
+def test_impossible_configurations(flags: list[str], world: int, says: str):
+    cfg, _ = cli.parse_cli(["--method", "lewel", *flags])
+    with pytest.raises(ConfigError, match=says):
+        cli.check(cfg, world)
+
+
+def test_another_rank_batch_is_warned_about():
+    assert "128" in cli.check(PRESETS["lewel_b_eman_r50_200ep"](), world=4)[0]
+
+
+def test_description_names_every_flag():
+    text = cli.describe(PRESETS["lewel_b_eman_r50_200ep"](), world=8)
+    for expected in ("--optim.base-lr 3.6", "--train.global-batch-size 1024", "--optim.weight-decay 1.5e-06", "128  (8 ranks"):
+        assert expected in text
