@@ -22,11 +22,14 @@ COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#e
 CELL, GAP, CAPTION, MARGIN, FRAME = 160, 12, 18, 16, 3
 """Pixels of views.png: side of a picture, space between them, height of a caption, border of the page, width of a frame."""
 
-FIGURE_INCHES, ROW_INCHES, DPI = (12, 6), 2, 100
-"""Of curves.png: the page, what a row of terms adds to it."""
+WIDTH_INCHES, MAIN_INCHES, ROW_INCHES, DPI = 12.0, 6.4, 1.9, 100
+"""Of curves.png: the page's width, height of its four panels, what a row of terms adds."""
 TERMS_PER_ROW = 4
+SIDES = {"left": 0.06, "right": 0.94}
 MARKERS_UP_TO = 40
 """A line of few points shows them."""
+TITLE_ABOVE_EPOCHS = 24
+"""Points."""
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
@@ -114,46 +117,46 @@ def save_curves(metrics_jsonl: Path, path: Path) -> None:
     terms = {name: line for name, line in terms.items() if any(line[1])}
     rows = math.ceil(len(terms) / TERMS_PER_ROW)
 
-    inches = FIGURE_INCHES[0], FIGURE_INCHES[1] + rows * ROW_INCHES
-    figure = Figure(figsize=inches, dpi=DPI, layout="constrained")
+    height = MAIN_INCHES + rows * ROW_INCHES
+    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI)
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2 + rows, 2 * TERMS_PER_ROW, height_ratios=[FIGURE_INCHES[1] / 2] * 2 + [ROW_INCHES] * rows)
-    half = TERMS_PER_ROW
-    loss, rate = figure.add_subplot(grid[0, :half]), figure.add_subplot(grid[0, half:])
-    speed = figure.add_subplot(grid[1, half:] if accuracy else grid[1, :])
+    main = figure.add_gridspec(2, 2, **SIDES, top=1 - 0.75 / height, bottom=(rows * ROW_INCHES + 0.55) / height, hspace=0.36, wspace=0.16)
+    loss, rate = figure.add_subplot(main[0, 0]), figure.add_subplot(main[0, 1])
+    speed = figure.add_subplot(main[1, 1] if accuracy else main[1, :])
 
-    _line(loss, "loss", series.get("train/loss"), COLOURS[1])
-    _line(rate, "learning rate", series.get("sched/lr"), COLOURS[3])
+    _line(loss, "loss", series.get("train/loss"), COLOURS[1], pad=TITLE_ABOVE_EPOCHS)
+    _line(rate, "learning rate", series.get("sched/lr"), COLOURS[3], pad=TITLE_ABOVE_EPOCHS, color=COLOURS[3])
     if "sched/ema" in series:
-        momentum = rate.twinx()
-        momentum.spines[["left", "top"]].set_visible(False)
-        momentum.plot(*series["sched/ema"], color=COLOURS[4], linewidth=1.2)
-        momentum.ticklabel_format(useOffset=False)
-        momentum.tick_params(labelsize=8, colors=COLOURS[4])
         rate.tick_params(axis="y", colors=COLOURS[3])
-        rate.set_title("EMA momentum", loc="right", fontsize=10, color=COLOURS[4])
-        rate.title.set_visible(False)
-        rate.set_title("learning rate", loc="left", fontsize=10, color=COLOURS[3])
+        momentum = rate.twinx()
+        _line(momentum, "EMA momentum", series["sched/ema"], COLOURS[4], pad=TITLE_ABOVE_EPOCHS, loc="right", color=COLOURS[4])
+        momentum.ticklabel_format(useOffset=False)
+        momentum.grid(False)
+        momentum.tick_params(axis="y", colors=COLOURS[4])
     _line(speed, "images/s", series.get("perf/img_per_s"), COLOURS[2])
     speed.set_ylim(bottom=0)
     if accuracy:
-        knn = figure.add_subplot(grid[1, :half])
+        knn = figure.add_subplot(main[1, 0])
         for i, (name, line) in enumerate(accuracy.items()):
             knn.plot(*line, color=COLOURS[i % len(COLOURS)], marker="o", markersize=3.5, linewidth=1.2, label=_short(name))
         _style(knn, "k-NN top-1, %")
-        knn.legend(fontsize=8, frameon=False, loc="best")
-    for i, (name, line) in enumerate(terms.items()):
-        at = 2 * (i % TERMS_PER_ROW)
-        _line(figure.add_subplot(grid[2 + i // TERMS_PER_ROW, at : at + 2]), _short(name), line, "#444444", small=True)
+        knn.legend(fontsize=8, frameon=False)
+    if terms:
+        columns = min(len(terms), TERMS_PER_ROW)
+        small = figure.add_gridspec(
+            rows, columns, **SIDES, top=(rows * ROW_INCHES - 0.3) / height, bottom=0.35 / height, hspace=0.55, wspace=0.28
+        )
+        for i, (name, line) in enumerate(terms.items()):
+            _line(figure.add_subplot(small[divmod(i, columns)]), _short(name), line, "#444444", small=True)
 
-    last = max(record["step"] for record in records)
-    per_epoch = _steps_per_epoch(records)
+    last, per_epoch = max(record["step"] for record in records), _steps_per_epoch(records)
     for ax in figure.axes:
-        ax.set_xlim(0, last)
+        ax.set_xlim(0, 1.01 * max(last, 1))
     for ax in (loss, rate) if per_epoch else ():
         epochs = ax.secondary_xaxis("top", functions=(lambda step: step / per_epoch, lambda epoch: epoch * per_epoch))
-        epochs.tick_params(labelsize=8)
-        epochs.set_xlabel("epoch", fontsize=8)
+        epochs.tick_params(labelsize=8, colors="#777777")
+        epochs.spines["top"].set_color("#bbbbbb")
+        epochs.set_xlabel("epoch", fontsize=8, color="#777777")
     _write(path, lambda partial: figure.savefig(partial, format="png"))
 
 
@@ -178,14 +181,15 @@ def _short(name: str) -> str:
     return name.partition("/")[2]
 
 
-def _line(ax, title: str, line: tuple[list[float], list[float]] | None, colour: str, *, small: bool = False) -> None:
+def _line(ax, title: str, line: tuple[list[float], list[float]] | None, colour: str, **style) -> None:
     if line:
-        ax.plot(*line, color=colour, linewidth=1.2, marker="o" if len(line[0]) <= MARKERS_UP_TO else None, markersize=2 if small else 3)
-    _style(ax, title, small=small)
+        ax.plot(*line, color=colour, linewidth=1.2, marker="o" if len(line[0]) <= MARKERS_UP_TO else None, markersize=3)
+    _style(ax, title, **style)
 
 
-def _style(ax, title: str, *, small: bool = False) -> None:
-    ax.set_title(title, loc="left", fontsize=8 if small else 10)
+def _style(ax, title: str, *, small: bool = False, pad: float = 5, loc: str = "left", color: str = "black") -> None:
+    # a given height keeps matplotlib from moving the title above the epochs, one panel higher than the other
+    ax.set_title(title, loc=loc, fontsize=8 if small else 10, y=1.0, pad=pad, color=color)
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.spines[["right", "top"]].set_visible(False)
     ax.tick_params(labelsize=7 if small else 8)

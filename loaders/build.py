@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import os
 import time
@@ -207,12 +206,10 @@ def open_decoder(path: str, split: Split, *, backend: Backend, workers: int, say
 def _choose(found: Path) -> tuple[str, str]:
     if found.is_dir():
         return "folder", f"; a .beton decodes several times as fast: python -m convert.imagenet --source {found.parent} --out DIR"
-    if importlib.util.find_spec("ffcv") is None:
-        return "torchvision", ", as FFCV is not installed (`make setup` would)"
     from loaders import ffcv
 
     problem = ffcv.load()
-    return ("torchvision", f", as ffcv is unusable: {problem}") if problem else ("ffcv", "")
+    return ("torchvision", f", because ffcv cannot be used: {problem} (`make setup`)") if problem else ("ffcv", "")
 
 
 @functools.cache
@@ -221,15 +218,6 @@ def _say_once(message: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ paths
-
-
-def has_split(path: str, split: Split) -> bool:
-    """Whether `build_loader` and `build_eval_loader` would find this split."""
-    try:
-        find(Path(path), split)
-    except DataError:
-        return False
-    return True
 
 
 def find(path: Path, split: Split, prefer_folder: bool = False) -> Path:
@@ -257,3 +245,12 @@ def find(path: Path, split: Split, prefer_folder: bool = False) -> Path:
             f"val.beton, or train/ and val/ class folders. {convert}"
         )
     return path
+
+
+def has_split(path: str, split: Split) -> bool:
+    """Whether `path` holds that split, for whoever can do without it."""
+    try:
+        find(Path(path), split)
+    except DataError:
+        return False
+    return True

@@ -26,7 +26,6 @@ from loaders.errors import DataError
 
 # int imdecode(source, source_size, height, width, target, crop_height, crop_width, crop_y, crop_x, scale_num, scale_denom,
 #              bool crop, bool flip);  void my_memcpy(source, target, size).
-# By name instead of by ctypes pointer, so that numba can cache the compiled kernel.
 imdecode = types.ExternalFunction(
     "fastssl_imdecode", types.int32(types.uintp, types.uint64, types.uint32, types.uint32, types.uintp, *[types.uint32] * 8)
 )
@@ -71,7 +70,7 @@ def _prefer_own_tbb() -> None:
                 ctypes.CDLL(str(file.locate()), ctypes.RTLD_GLOBAL)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _jpeg_size(data, start, stop):
     """Height and width in the frame header of the JPEG data[start:stop]; 0, 0 without one."""
     if stop - start < 4 or data[start] != 0xFF or data[start + 1] != 0xD8:
@@ -90,7 +89,7 @@ def _jpeg_size(data, start, stop):
     return 0, 0
 
 
-@njit(nogil=True, parallel=True, cache=True)
+@njit(nogil=True, parallel=True)
 def _decode(data, ptr, size, raw, ids, heights, widths, offsets, buffer, status):
     source, target = data.ctypes.data, buffer.ctypes.data
     for b in prange(ids.shape[0]):

@@ -155,7 +155,10 @@ class Ring:
         if self._cuda:
             slot.copied.record()
         return ImageBatch(
-            pixels, offset, height, width, pitch, index, label[0] if label else None, box, flip, epoch=job.epoch, step=job.step
+            *(pixels, offset, height, width, pitch, index, label[0] if label else None, box, flip),
+            epoch=job.epoch,
+            step=job.step,
+            max_hw=(int(heights.max()), int(widths.max())),
         )
 
     def _pack(self, slot: _Slot, arrays: list[np.ndarray]) -> list[Tensor]:

@@ -26,6 +26,7 @@ ZERO, HALF, ONE, TWO, FOUR, SIX, TOP = F(0), F(0.5), F(1), F(2), F(4), F(6), F(2
 RED, GREEN, BLUE = F(0.299), F(0.587), F(0.114)
 SOLARIZE_FROM = F(128)
 
+# The cache on disk follows this file only: change something here too when a constant imported above changes.
 kernel = njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
 
 

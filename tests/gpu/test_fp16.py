@@ -23,21 +23,25 @@ def test_a_skipped_step(device: str):
     state = prepare(method, cfg, Dist(0, 1, 0, 1, torch.device(device)), steps_per_epoch=4)
     assert state.scaler.get_scale() == 2.0**16
 
-    def step(scale: float) -> None:
+    def step() -> None:
         generator = torch.Generator().manual_seed(state.step)
-        views = two_views(*(scale * torch.randn(2, 8, 3, 16, 16, generator=generator)).half().numpy())
+        views = two_views(*torch.randn(2, 8, 3, 16, 16, generator=generator).half().numpy())
         views.groups[0].pixels = views.groups[0].pixels.to(device)
         train_step(state, [views])
 
-    for _ in range(3):  # the first scale may overflow by itself
-        step(1.0)
-    scale, skipped = state.scaler.get_scale(), state.metrics._skipped.item()
+    step()  # the scaler makes its tensors now
+    state.scaler.update(new_scale=2.0**8)
+    step()
+    assert state.metrics._bad_run.item() == 0
+    skipped = state.metrics._skipped.item()
     weights = {k: v.clone() for k, v in method.online.named_parameters()}
     target = method.target[0].conv1.weight.clone()
-    step(float("inf"))
+    state.scaler.update(new_scale=2.0**60)  # gradients overflow
+    step()
     torch.testing.assert_close(dict(method.online.named_parameters()), weights, rtol=0, atol=0)
-    assert state.scaler.get_scale() == scale / 2
+    assert state.scaler.get_scale() == 2.0**59
     assert state.metrics._skipped.item() == skipped + 1
-    step(1.0)
+    state.scaler.update(new_scale=2.0**8)
+    step()
     assert not torch.equal(method.online.backbone.conv1.weight, weights["backbone.conv1.weight"])
     assert not torch.equal(method.target[0].conv1.weight, target)

@@ -463,7 +463,7 @@ def test_without_ffcv_auto_takes_torchvision_and_says_so_once(data, monkeypatch,
     build._say_once.cache_clear()
     with caplog.at_level("INFO"):
         assert [train_loader(data).backend for _ in range(2)] == ["torchvision"] * 2
-    assert caplog.text.count("ffcv is unusable: its library is missing") == 1
+    assert caplog.text.count("ffcv cannot be used: its library is missing") == 1
     with pytest.raises(DataError, match="its library is missing. Run `make setup`"):
         train_loader(data, backend="ffcv")
 
