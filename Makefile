@@ -18,10 +18,10 @@ setup:  ## build .venv from the pinned requirements    [TORCH=2.7.1 for CUDA 12.
 	@TORCH="$(TORCH)" PYTHON="$(PYTHON)" bash scripts/setup.sh
 
 report: $(READY)  ## what this environment can do, looked up again
-	@$(PY) scripts/report.py
+	@$(PY) -m scripts.report
 
 demo: $(if $(filter $(VENV),$(PY)),setup)  ## tiles -> .beton -> a few minutes of LEWEL -> k-NN    [DEMO_DATA=DIR of class folders]
-	@$(PY) scripts/demo.py $(if $(DEMO_DATA),--data "$(DEMO_DATA)")
+	@$(PY) -m scripts.demo $(if $(DEMO_DATA),--data "$(DEMO_DATA)")
 
 test: $(READY)  ## the tests, without the slow ones
 	@$(PY) -m pytest -m "not slow and not gpu"
@@ -39,13 +39,13 @@ lock:  ## compile requirements*.txt from requirements.in (needs uv)
 
 convert-imagenet: $(if $(IMAGENET),$(READY))  ## train/ and val/ class folders -> .beton, once    IMAGENET=DIR [OUT=data/imagenet]
 	@test -n "$(IMAGENET)" || { echo "Say where ImageNet is (the folder with train/ and val/): make convert-imagenet IMAGENET=/data/ILSVRC2012" >&2; exit 2; }
-	@$(PY) -m convert.imagenet "$(IMAGENET)" --out "$(OUT)"
+	@$(PY) -m convert.imagenet --source "$(IMAGENET)" --out "$(OUT)"
 
 bench: $(READY)  ## what the loader reaches, next to its ceiling    [BETON=data/imagenet/train.beton]
-	@$(PY) -m fastssl.bench loader "$(BETON)"
+	@$(PY) -m fastssl.bench loader --path "$(BETON)"
 
 gpu-check: $(READY)  ## GPU tests and benchmarks, one JSON in benchmarks/results; without CUDA it says so    [BETON=]
-	@$(PY) scripts/gpu_check.py $(if $(filter command line environment,$(origin BETON)),--beton "$(BETON)")
+	@$(PY) -m scripts.gpu_check $(if $(filter command line environment,$(origin BETON)),--beton "$(BETON)")
 
 eval-knn: $(if $(CHECKPOINT),$(READY))  ## k-NN of a backbone    CHECKPOINT=FILE [DATA=data/imagenet]
 	@test -n "$(CHECKPOINT)" || { echo "Say which backbone: make eval-knn CHECKPOINT=runs/NAME/checkpoint_last.pt" >&2; exit 2; }

@@ -95,7 +95,14 @@ def build_hooks(cfg: RunConfig, dist: Dist, folder: Path, dtype: torch.dtype, *,
         log.info(f"no online k-NN: it needs labels and a validation split in {cfg.data.path}")
     elif e.knn_every_epochs:
         knn = partial(
-            evaluate, data_path=cfg.data.path, dist=dist, k=e.knn_k, resize=e.resize, crop=e.crop, dtype=dtype, backend=cfg.efficiency.loader
+            evaluate,
+            data_path=cfg.data.path,
+            dist=dist,
+            k=e.knn_k,
+            resize=e.resize,
+            crop=e.crop,
+            dtype=dtype,
+            backend=cfg.efficiency.loader,
         )
         chosen.append(hooks.OnlineEvaluation(knn, progress.write, every_epochs=e.knn_every_epochs))
     chosen.append(hooks.Checkpointer(folder, every_epochs=cfg.log.checkpoint_every_epochs, keep_every=cfg.log.keep_every))
@@ -108,5 +115,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         main()
-    except (ConfigError, DataError, checkpoint.CheckpointError) as error:
+    except (ConfigError, DataError, checkpoint.CheckpointError, hooks.Diverged) as error:
         sys.exit(f"train.py: {error}")

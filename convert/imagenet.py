@@ -23,10 +23,10 @@ import numpy as np
 
 from convert.encode import Bad, Encoding, Stored, encode_file, encode_files
 from convert.progress import Progress, gigabytes, note
+from loaders import class_folders
 from loaders.beton import JPEG, PAGE_SIZE, BetonWriter
 from loaders.errors import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _PROBE = 64
 """Images encoded beforehand to estimate the size."""
 _MAX_BAD = 20
@@ -62,61 +62,13 @@ class Report:
         )
 
 
-def _listed(items: Sequence[str], at_most: int = 5) -> str:
-    return ", ".join(items[:at_most]) + (f" and {len(items) - at_most} more" if len(items) > at_most else "")
-
-
-def _images_below(folder: Path) -> list[str]:
-    """Image files of one class in ImageFolder's order, as paths below `folder`; hidden files (macOS leaves such) are left out."""
-    found = []
-    for root, _, files in sorted(os.walk(folder, followlinks=True)):
-        inside = os.path.relpath(root, folder)
-        for file in sorted(files):
-            if file.lower().endswith(EXTENSIONS) and not file.startswith("."):
-                found.append(os.path.normpath(os.path.join(inside, file)))
-    return found
-
-
-def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
 def scan(folder: Path, beton: Path, classes: Sequence[str] | None = None) -> Split:
     """List a tree of class folders.  `classes`: the classes whose indices to use (the training set's); default: its own.
 
     Raises DataError where there are no class folders, a class is empty, or a class is not among `classes`.
     """
-    if not folder.is_dir():
-        raise DataError(f"There is no folder {folder}. Give the folder that holds train/ and val/ with one folder per class: --source DIR")
-    own = _class_folders(folder)
-    if not own:
-        stray = sum(f.name.lower().endswith(EXTENSIONS) for f in os.scandir(folder))
-        raise DataError(
-            f"{folder} holds "
-            + (f"{stray:,} images but no class folders" if stray else "no class folders")
-            + ". Move each image into a folder named after its class (ImageNet: unpack the training tars into one folder each, "
-            "and sort val/ into class folders), then convert again."
-        )
-    classes = list(own if classes is None else classes)
-    if strange := sorted(set(own) - set(classes)):
-        raise DataError(
-            f"{folder} has {len(strange)} class folders that the training set has not: {_listed(strange)}. "
-            "Give both splits the same class folders, then convert again."
-        )
-    index = {name: i for i, name in enumerate(classes)}
-    names, labels, empty = [], [], []
-    for name in own:
-        images = _images_below(folder / name)
-        names += [f"{name}/{image}" for image in images]
-        labels += [index[name]] * len(images)
-        if not images:
-            empty.append(name)
-    if empty:
-        raise DataError(
-            f"{len(empty)} class folders of {folder} hold no images ({', '.join(e[1:] for e in EXTENSIONS)}): {_listed(empty)}. "
-            "Fill or remove them, then convert again."
-        )
-    return Split(folder, beton, classes, names, np.array(labels, np.int64))
+    names, labels, classes = class_folders.scan(folder, classes)
+    return Split(folder, beton, classes, names, labels)
 
 
 def _usable_workers(workers: int) -> int:

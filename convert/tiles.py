@@ -26,7 +26,6 @@ PHOTOGRAPHS = {
     "camera": ("skimage", "data/camera.png"),
     "cat": ("skimage", "data/chelsea.png"),
     "cell": ("skimage", "data/cell.png"),
-    "clock": ("skimage", "data/clock_motion.png"),
     "coffee": ("skimage", "data/coffee.png"),
     "coins": ("skimage", "data/coins.png"),
     "flower": ("sklearn", "datasets/images/flower.jpg"),
@@ -39,7 +38,6 @@ PHOTOGRAPHS = {
     "retina": ("skimage", "data/retina.jpg"),
     "rocket": ("skimage", "data/rocket.jpg"),
     "temple": ("sklearn", "datasets/images/china.jpg"),
-    "text": ("skimage", "data/text.png"),
     "tissue": ("skimage", "data/ihc.png"),
 }
 SIDES = (72, 160)
@@ -82,7 +80,7 @@ def _tile(top: int, bottom: int, left: int, right: int, rng: np.random.Generator
     return Tile(int(rng.integers(top, bottom - h + 1)), int(rng.integers(left, right - w + 1)), h, w, int(rng.integers(85, 96)))
 
 
-def write_tiles(out: Path = Path("data/demo/tiles"), *, per_class: int = 100, seed: int = 0) -> Path:
+def write_tiles(out: Path = Path("data/demo/tiles"), *, per_class: int = 110, seed: int = 0) -> Path:
     """Cut the photographs of scikit-image and scikit-learn into OUT/{train,val}/PHOTOGRAPH/NNNN.jpg, unless that is done already.
 
     Raises DataError when OUT holds something else, or a photograph is missing.

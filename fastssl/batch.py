@@ -78,5 +78,3 @@ class Views:
     def per_view(self) -> tuple[Tensor, ...]:
         """[B, 3, s, s] of every view in the declared order, as slices of the groups."""
         return tuple(x for group in self.groups for x in group.pixels.chunk(len(group.views)))
-
-

@@ -90,7 +90,9 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     if t.resume and t.init_from:
         raise ConfigError("--train.resume continues a run and --train.init-from starts one: give only one of them.")
     if method.couples_batch and t.accumulation_steps > 1:
-        raise ConfigError(f"{cfg.method.name} compares samples across the global batch: accumulation would change its loss. Use more ranks.")
+        raise ConfigError(
+            f"{cfg.method.name} compares samples across the global batch: accumulation would change its loss. Use more ranks."
+        )
     warnings = []
     if cfg.model.norm != "sync" and t.published_rank_batch not in (None, batch):
         warnings.append(
@@ -120,7 +122,7 @@ def describe(cfg: RunConfig, world: int) -> str:
     values = to_dict(cfg)
     method = values["method"].pop("name")
     derived = (
-        f"  images per rank and micro-batch   {rank_batch(cfg, world)}  ({world} ranks x {cfg.train.accumulation_steps} accumulation steps)\n"
+        f"  images per rank and micro-batch   {rank_batch(cfg, world)}  ({world} ranks x {cfg.train.accumulation_steps} micro-batches)\n"
         f"  peak learning rate                {cfg.optim.base_lr}  (as given; reached after {cfg.optim.warmup_epochs} epochs)"
     )
     values.pop("preset")

@@ -95,7 +95,7 @@ class EfficiencyConfig:
     """How it runs, not what it computes."""
 
     dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
-    """Autocast type; auto: bf16 where the device has it, else fp16. fp16 trains with a GradScaler. fp64: everything in double, for checks."""
+    """Autocast type; auto: bf16 where the device has it, else fp16 (with a GradScaler). fp64: everything in double, for checks."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the method's forward; auto: on with CUDA, off on a CPU (where it gains nothing)."""
     channels_last: bool = True
@@ -170,7 +170,9 @@ def from_dict(saved: dict[str, Any], preset: T) -> T:
             unknown = set(value) - known - {"name"}
             if unknown:
                 raise ConfigError(f"the saved configuration has '{path}{unknown.pop()}', which this version does not know.")
-            return dataclasses.replace(default, **{k: rebuild(getattr(default, k), v, f"{path}{k}.") for k, v in value.items() if k in known})
+            return dataclasses.replace(
+                default, **{k: rebuild(getattr(default, k), v, f"{path}{k}.") for k, v in value.items() if k in known}
+            )
         if isinstance(default, tuple):
             items = default if default and dataclasses.is_dataclass(default[0]) else value
             return tuple(rebuild(d, v, path) for d, v in zip(items, value, strict=True))

@@ -212,4 +212,3 @@ def fit(state: State, loader, augment, hooks: Sequence[Hook]) -> State:
         for hook in hooks:
             hook.finish(state)
     return state
-

@@ -13,11 +13,14 @@ import torch
 from tqdm import tqdm
 
 from fastssl import checkpoint, pictures
-from fastssl.config import ConfigError
 from fastssl.engine import State
 from fastssl.metrics import Record, RunLog
 
 log = logging.getLogger("fastssl")
+
+
+class Diverged(RuntimeError):
+    """Gradients stayed non-finite; the message says where the dump is and what to try."""
 
 
 class Hook:
@@ -123,10 +126,10 @@ class NonFinite(Hook):
         if bad_run >= self.max_bad_steps:
             dump = self.folder / f"bad_step_rank{state.dist.rank}.pt"
             checkpoint.atomic_save({**checkpoint.contents(state), "index": state.images.index.cpu()}, dump)
-            raise ConfigError(
-                f"The last {bad_run:.0f} steps had non-finite gradients; training stopped at step {state.step}. State and sample ids are in "
-                f"{dump}. Lower --optim.base-lr, lengthen --optim.warmup-epochs or take --efficiency.dtype bf16, and continue from the last "
-                f"checkpoint with --train.resume auto."
+            raise Diverged(
+                f"The last {bad_run:.0f} steps had non-finite gradients; training stopped at step {state.step}. State and sample ids "
+                f"are in {dump}. Lower --optim.base-lr, lengthen --optim.warmup-epochs or take --efficiency.dtype bf16, and continue "
+                f"from the last checkpoint with --train.resume auto."
             )
 
 

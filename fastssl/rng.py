@@ -81,9 +81,7 @@ def uniform_torch(seed: int, stream: int, epoch: int, sample: torch.Tensor, view
     import torch
 
     blocks = torch.arange((slots + 3) // 4, device=sample.device)
-    c0, c2, c3 = torch.broadcast_tensors(
-        sample[None, :, None], (views | (stream << 16))[:, None, None], blocks[None, None, :]
-    )
+    c0, c2, c3 = torch.broadcast_tensors(sample[None, :, None], (views | (stream << 16))[:, None, None], blocks[None, None, :])
     c1 = torch.full_like(c0, epoch)
     k0, k1 = seed & _U32, (seed >> 32) & _U32
     for _ in range(_ROUNDS):

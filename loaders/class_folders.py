@@ -20,29 +20,40 @@ def scan(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], n
 
     Raises DataError without class folders, for a class folder without images, or for one that is not among `classes`.
     """
-    try:
-        own = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{root} cannot be read ({error.strerror}). Give a folder that holds one folder of images per class.") from error
+    if not root.is_dir():
+        raise DataError(f"There is no folder {root}. Give the folder that holds train/ and val/ with one folder of images per class.")
+    own = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not own:
-        raise DataError(f"{root} holds no class folders. Give a folder that holds one folder of images per class.")
+        stray = sum(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(root))
+        raise DataError(
+            f"{root} holds {f'{stray:,} images but ' if stray else ''}no class folders. Move each image into a folder named after its "
+            "class (ImageNet: unpack the training tars into one folder each, and sort val/ into class folders), then try again."
+        )
     classes = list(own if classes is None else classes)
     if strange := sorted(set(own) - set(classes)):
         raise DataError(
-            f"{root} has class folders that the training set has not ({', '.join(strange[:5])}). Give both splits the same class folders."
+            f"{root} has {len(strange)} class folders that the training set has not: {listed(strange)}. Give both splits the same class "
+            "folders, then try again."
         )
     index = {name: label for label, name in enumerate(classes)}
     files: list[str] = []
     labels: list[int] = []
+    empty = []
     for name in own:
         before = len(files)
         for folder, _, found in sorted(os.walk(root / name, followlinks=True)):
             images = [f for f in sorted(found) if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
             files += [os.path.relpath(os.path.join(folder, f), root) for f in images]
-        if len(files) == before:
-            raise DataError(
-                f"The class folder {root / name} holds no images ({' '.join(EXTENSIONS)}). Remove the folder, or put the images of the "
-                "class there."
-            )
         labels += [index[name]] * (len(files) - before)
+        if len(files) == before:
+            empty.append(name)
+    if empty:
+        raise DataError(
+            f"{len(empty)} class folders of {root} hold no images ({', '.join(e[1:] for e in EXTENSIONS)}): {listed(empty)}. "
+            "Fill or remove them, then try again."
+        )
     return files, np.array(labels, np.int64), classes
+
+
+def listed(items: Sequence[str], at_most: int = 5) -> str:
+    return ", ".join(items[:at_most]) + (f" and {len(items) - at_most} more" if len(items) > at_most else "")

@@ -1,4 +1,4 @@
-"""What this environment can do, in a dozen lines: printed at the end of `make setup`, and on its own by `make report`.
+"""What this environment can do, in a dozen lines:  python -m scripts.report  (`make report`, and the end of `make setup`).
 
 For everything that does not work it prints the line that would make it work.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -25,15 +26,18 @@ def device() -> tuple[str, str]:
     """What torch computes on, and the line to run when a GPU is there that this torch cannot use."""
     import torch
 
-    older = "make setup TORCH=2.7.1"
+    older, built = "make setup TORCH=2.7.1", f"this torch is built for CUDA {torch.version.cuda}"
     if not torch.cuda.is_available():
-        line = f"torch {torch.__version__} does not reach the NVIDIA driver; a newer driver, or: {older}" if Path("/dev/nvidia0").exists() else ""
-        return f"CPU only (torch is built for CUDA {torch.version.cuda})", line
+        if Path("/dev/nvidiactl").exists():
+            return f"a GPU that torch does not reach ({built})", f"a newer NVIDIA driver, or: {older}"
+        return f"CPU only ({built})", ""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    capability = torch.cuda.get_device_capability(0)
-    runs = any(int(arch.split("_")[1].rstrip("af")) <= 10 * capability[0] + capability[1] for arch in torch.cuda.get_arch_list() if arch.startswith("sm_"))
     text = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-    return f"{text} (CUDA {torch.version.cuda})", "" if runs else f"torch {torch.__version__} has no kernels for this GPU: {older}"
+    major, minor = torch.cuda.get_device_capability(0)
+    oldest = min(int(re.sub(r"\D", "", arch)) for arch in torch.cuda.get_arch_list())
+    if 10 * major + minor < oldest:
+        return f"{text}, too old for this torch ({built}, kernels from sm_{oldest})", older
+    return f"{text} (CUDA {torch.version.cuda})", ""
 
 
 def compiler() -> tuple[str, str]:
@@ -47,14 +51,12 @@ def compiler() -> tuple[str, str]:
 
 
 def ffcv() -> tuple[str, str]:
-    lines = f"{APT_FFCV.format(python=python_dev())}\n  or, without root: {CONDA_FFCV}"
-    try:
-        import ffcv.libffcv  # noqa: F401
-    except ModuleNotFoundError as error:
-        return f"off: not installed ({error})", lines
-    except (ImportError, OSError) as error:
-        return f"off: {error}", lines
-    return "usable", ""
+    from loaders.ffcv import load
+
+    problem = load()
+    if not problem:
+        return "usable", ""
+    return f"off: {problem}", f"{APT_FFCV.format(python=python_dev())}\n  or, without root: {CONDA_FFCV}"
 
 
 def torchvision() -> tuple[str, str]:

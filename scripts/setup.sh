@@ -104,6 +104,6 @@ if ! has_ffcv && can_build_ffcv; then
 fi
 install -r requirements-dali.txt || say "DALI was not installed; going on without it"
 
-{ echo "$key" && .venv/bin/python scripts/report.py; } >"$stamp.partial"
+{ echo "$key" && .venv/bin/python -m scripts.report; } >"$stamp.partial"
 mv "$stamp.partial" "$stamp"
 tail -n +2 "$stamp"

@@ -94,7 +94,10 @@ def apply_norm_policy(module: nn.Module, norm: str) -> nn.Module:
 
 
 def broadcast_running_statistics(module: nn.Module) -> None:
-    """Rank 0's BatchNorm running statistics on every rank, in one flat broadcast (EMAN with local statistics: DDP did this by its buffer sync)."""
+    """Rank 0's BatchNorm running statistics on every rank, in one flat broadcast.
+
+    EMAN with local BatchNorm needs it: in the published runs DDP's buffer broadcast did it before every forward pass.
+    """
     stats = [b for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
     flat = torch.cat([b.reshape(-1) for b in stats])
     dist.broadcast(flat, src=0)

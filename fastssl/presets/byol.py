@@ -36,9 +36,9 @@ def byol_eman_r50_100ep() -> RunConfig:
 
 
 def byol_eman_r50_200ep() -> RunConfig:
-    """BYOL-EMAN, 200 epochs, 8 ranks x 64: 72.2 linear top-1, 55.1 / 66.7 with 1 % / 10 % of the labels (EMAN's README; not measured by us).
+    """BYOL-EMAN, 200 epochs, 8 ranks x 64: 72.2 linear top-1, 55.1 / 66.7 with 1 % / 10 % of the labels.
 
-    The published run trained in fp32.
+    Numbers: EMAN's README, not measured by us.  The published run trained in fp32.
     """
     train = TrainConfig(epochs=200, global_batch_size=512, ema_momentum=0.98, published_rank_batch=64)
     return _imagenet("byol_eman_r50_200ep", norm="eman", lr=1.8, weight_decay=1e-6, train=train)

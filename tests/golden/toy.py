@@ -60,16 +60,16 @@ def dump_state(module: nn.Module, arrays: Arrays, prefix: str) -> Arrays:
     """The module's tensors under the file's names and shapes."""
     state = module.state_dict()
     return {
-        k: state[ours(k.removeprefix(prefix))].detach().cpu().numpy().reshape(a.shape).copy() for k, a in arrays.items() if k.startswith(prefix)
+        k: state[ours(k.removeprefix(prefix))].detach().cpu().numpy().reshape(a.shape).copy()
+        for k, a in arrays.items()
+        if k.startswith(prefix)
     }
 
 
 def dump_grads(module: nn.Module, arrays: Arrays, prefix: str) -> Arrays:
     """Gradients of the module's parameters under the file's names and shapes."""
     params = dict(module.named_parameters())
-    return {
-        k: params[ours(k.removeprefix(prefix))].grad.numpy().reshape(a.shape).copy() for k, a in arrays.items() if k.startswith(prefix)
-    }
+    return {k: params[ours(k.removeprefix(prefix))].grad.numpy().reshape(a.shape).copy() for k, a in arrays.items() if k.startswith(prefix)}
 
 
 def two_views(x1: np.ndarray, x2: np.ndarray) -> Views:

@@ -18,7 +18,9 @@ def test_preset_is_complete(name: str):
     assert cfg.preset == name and PRESETS[name].__doc__
     assert name.startswith(cfg.method.name)
     assert from_dict(json.loads(json.dumps(to_dict(cfg))), cfg) == cfg
-    assert cli.check(cfg, world=max(1, cfg.train.global_batch_size // (cfg.train.published_rank_batch or cfg.train.global_batch_size))) == []
+    assert (
+        cli.check(cfg, world=max(1, cfg.train.global_batch_size // (cfg.train.published_rank_batch or cfg.train.global_batch_size))) == []
+    )
 
 
 def test_every_method_has_a_default_and_a_mini():

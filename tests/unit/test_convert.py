@@ -247,7 +247,7 @@ def refuses(source: Path, out: Path, text: str, **options) -> str:
 
 
 def test_missing_source(tmp_path):
-    refuses(tmp_path / "nowhere", tmp_path / "out", "There is no folder .*--source DIR")
+    refuses(tmp_path / "nowhere", tmp_path / "out", "There is no folder .*Give the folder")
 
 
 def test_empty_source(tmp_path):

@@ -131,4 +131,6 @@ def test_efficiency_switches_keep_the_loss(dtype: str, channels_last: bool):
 
     exact = losses(EfficiencyConfig(dtype="fp64", compile="off", channels_last=False))
     tolerance = 0.03 if dtype == "bf16" else 1e-4
-    torch.testing.assert_close(losses(EfficiencyConfig(dtype=dtype, compile="off", channels_last=channels_last)), exact, rtol=tolerance, atol=0)
+    torch.testing.assert_close(
+        losses(EfficiencyConfig(dtype=dtype, compile="off", channels_last=channels_last)), exact, rtol=tolerance, atol=0
+    )
