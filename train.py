@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from eval.knn import evaluate
 from fastssl import checkpoint, cli, hooks, runs
@@ -33,7 +34,8 @@ def main() -> None:
     cfg, dry_run = cli.parse_cli()
     world = int(os.environ.get("WORLD_SIZE", 1))
     for warning in cli.check(cfg, world):
-        log.warning(warning)
+        if os.environ.get("RANK", "0") == "0":
+            log.warning(warning)
     if dry_run:
         print(cli.describe(cfg, world))
         return
@@ -114,6 +116,7 @@ def build_hooks(cfg: RunConfig, dist: Dist, folder: Path, dtype: torch.dtype, *,
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        main()
+        with logging_redirect_tqdm():  # lines go above the bar, not through it
+            main()
     except (ConfigError, DataError, checkpoint.CheckpointError, hooks.Diverged) as error:
         sys.exit(f"train.py: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import shutil
 import sysconfig
@@ -129,7 +130,10 @@ def prepare(method: Method, cfg: RunConfig, dist: Dist, steps_per_epoch: int) ->
     model: nn.Module = method
     if dist.world > 1:
         # Buffers are not synchronised: the one policy that needs rank 0's statistics has its own flat broadcast.
-        model = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True)
+        # torch 2.13 renamed the option.
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        no_buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        model = DistributedDataParallel(method, gradient_as_bucket_view=True, static_graph=True, **no_buffers)
     # One mechanism finds non-finite gradients for every dtype; only fp16 needs a scale other than 1.
     fp16 = dtype is torch.float16
     scaler = torch.amp.GradScaler(dist.device.type, init_scale=2.0**16 if fp16 else 1.0, growth_interval=2000 if fp16 else 2**31 - 1)

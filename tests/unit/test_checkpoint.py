@@ -1,0 +1,107 @@
+"""Checkpoints appear whole or not at all, and fit or are refused with a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl import checkpoint
+from fastssl.checkpoint import CheckpointError
+from fastssl.config import EfficiencyConfig
+from fastssl.distributed import Dist
+from fastssl.engine import State, prepare, train_step
+from fastssl.methods import METHODS
+from fastssl.presets import PRESETS
+from tests.golden.toy import ToyBackbone, two_views
+
+
+def new_state(preset: str = "byol_mini", steps_per_epoch: int = 3) -> State:
+    cfg = dataclasses.replace(PRESETS[preset](), efficiency=EfficiencyConfig(dtype="fp64", compile="off"))
+    torch.manual_seed(0)
+    method = METHODS[cfg.method.name](cfg.method, lambda: ToyBackbone(4, 8), cfg.model.norm)
+    return prepare(method, cfg, Dist(0, 1, 0, 1, torch.device("cpu")), steps_per_epoch)
+
+
+def step(state: State) -> float:
+    x, y = torch.randn(2, 4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(state.step)).numpy()
+    out = train_step(state, [two_views(x, y)])
+    state.metrics.add(out)
+    return out.loss.item()
+
+
+def test_a_restored_run_continues_bit_for_bit(tmp_path: Path):
+    whole, first = new_state(), new_state()
+    expected = [step(whole) for _ in range(6)]
+    losses = [step(first) for _ in range(3)]
+    path = checkpoint.save(first, tmp_path, keep=True)
+    second = new_state()
+    checkpoint.restore(second, path)
+    losses += [step(second) for _ in range(3)]
+    assert losses == expected
+    for (name, a), b in zip(second.method.state_dict().items(), whole.method.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert (tmp_path / "checkpoint_ep0001.pt").exists()
+
+
+def test_weights_alone_start_a_new_run(tmp_path: Path):
+    trained = new_state()
+    step(trained)
+    path = checkpoint.save(trained, tmp_path)
+    fresh = new_state()
+    checkpoint.initialise(fresh, path)
+    assert fresh.step == 0 and not fresh.optimizer.state
+    torch.testing.assert_close(fresh.method.state_dict(), trained.method.state_dict(), rtol=0, atol=0)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch):
+    state = new_state()
+    step(state)
+    path = checkpoint.save(state, tmp_path)
+    before = path.read_bytes()
+    step(state)
+
+    def full(value, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left.*previous checkpoint is untouched"):
+        checkpoint.save(state, tmp_path)
+    assert path.read_bytes() == before and not list(tmp_path.glob("*.partial"))
+
+
+def test_little_space_is_noticed_before_the_first_step(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    with pytest.raises(CheckpointError, match="--log.dir"):
+        checkpoint.check_free_space(new_state(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda p: p.unlink(), "There is no checkpoint"),
+        (lambda p: p.write_bytes(p.read_bytes()[:1000]), "cannot be read"),
+        (lambda p: torch.save({"model": {}}, p), "not a fastssl training checkpoint"),
+    ],
+)
+def test_files_that_are_no_checkpoints(change, says: str, tmp_path: Path):
+    path = checkpoint.save(new_state(), tmp_path)
+    change(path)
+    with pytest.raises(CheckpointError, match=says):
+        checkpoint.load(path)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path):
+    path = checkpoint.save(new_state(), tmp_path)
+    with pytest.raises(CheckpointError, match="method 'byol'.*this run trains 'lewel'"):
+        checkpoint.restore(new_state("lewel_mini"), path)
+    with pytest.raises(CheckpointError, match="3 steps per epoch, this run has 5"):
+        checkpoint.restore(new_state(steps_per_epoch=5), path)
+    saved = checkpoint.load(path)
+    del saved["model"]["predictor.mlp.0.weight"]
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match="does not fit this model.*predictor.mlp.0.weight"):
+        checkpoint.restore(new_state(), path)
