@@ -123,7 +123,7 @@ def bench(path: str, batch: int = 256, seconds: float = 10.0, repeats: int = 5, 
         print(f"  {label:32}{rate[name]:9,.0f}  {spread:>17}  {rate[name] / rate['bare']:8.1%}  {cpu_ms[name]:12.2f}")
     if out:
         result = {
-            "path": str(beton.path),
+            "file": beton.path.name,
             "images": len(beton),
             "mean_kb": float(beton.size.mean()) / 1e3,
             "mean_megapixels": float((beton.height.astype(np.int64) * beton.width).mean()) / 1e6,
