@@ -94,7 +94,8 @@ def build_hooks(cfg: RunConfig, dist: Dist, folder: Path, dtype: torch.dtype, *,
     chosen: list[hooks.Hook] = [hooks.Preemption(), progress, hooks.NonFinite(folder, max_bad_steps=cfg.train.max_bad_steps)]
     e = cfg.eval
     if e.knn_every_epochs and not (labelled and has_split(cfg.data.path, "val")):
-        log.info(f"no online k-NN: it needs labels and a validation split in {cfg.data.path}")
+        if dist.is_main:
+            log.info(f"no online k-NN: it needs labels and a validation split in {cfg.data.path}")
     elif e.knn_every_epochs:
         knn = partial(
             evaluate,

@@ -133,7 +133,9 @@ def prepare(method: Method, cfg: RunConfig, dist: Dist, steps_per_epoch: int) ->
         # torch 2.13 renamed the option.
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         no_buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-        model = DistributedDataParallel(method, gradient_as_bucket_view=True, static_graph=True, **no_buffers)
+        # A static graph loses gradients of the micro-batches that are not exchanged (no_sync).
+        static = cfg.train.accumulation_steps == 1
+        model = DistributedDataParallel(method, gradient_as_bucket_view=True, static_graph=static, **no_buffers)
     # One mechanism finds non-finite gradients for every dtype; only fp16 needs a scale other than 1.
     fp16 = dtype is torch.float16
     scaler = torch.amp.GradScaler(dist.device.type, init_scale=2.0**16 if fp16 else 1.0, growth_interval=2000 if fp16 else 2**31 - 1)
