@@ -24,8 +24,9 @@ from fastssl.distributed import Dist, session
 from fastssl.engine import State, compiles, fit, prepare
 from fastssl.methods import METHODS
 from fastssl.models.resnet import build_backbone
-from loaders.build import build_loader, has_split
+from loaders.build import build_loader
 from loaders.errors import DataError
+from loaders.open import has_split
 
 log = logging.getLogger("fastssl")
 
@@ -84,7 +85,8 @@ def train(cfg: RunConfig, dist: Dist) -> State:
     )
     fit(state, loader, augment, build_hooks(cfg, dist, folder, state.dtype, labelled=loader.labels is not None))
     if dist.is_main and not state.stop:
-        log.info(f"done: step {state.step}; {folder / checkpoint.LAST}, backbone.safetensors, metrics.jsonl, curves.png")
+        files = ("backbone.safetensors", "metrics.jsonl", *(["curves.png"] if cfg.log.pictures else []))
+        log.info(f"done: step {state.step}; {', '.join([str(folder / checkpoint.LAST), *files])}")
     return state
 
 

@@ -22,11 +22,13 @@ from torchvision.datasets import ImageFolder
 
 from fastssl.bench.loader import bench
 from fastssl.views import byol_asymmetric, center_crop
-from loaders import build, ffcv
+from loaders import ffcv
+from loaders import open as opening
 from loaders.beton import JPEG, RAW, BetonWriter
-from loaders.build import build_eval_loader, build_loader, has_split
+from loaders.build import build_eval_loader, build_loader
 from loaders.errors import DataError
 from loaders.geometry import Geometry
+from loaders.open import has_split
 from loaders.ring import Job, Ring
 
 SPEC = byol_asymmetric(size=32)
@@ -460,7 +462,7 @@ def test_more_workers_than_cores_are_fewer_with_a_warning(data, caplog):
 
 def test_without_ffcv_auto_takes_torchvision_and_says_so_once(data, monkeypatch, caplog):
     monkeypatch.setattr(ffcv, "load", lambda: "its library is missing")
-    build._say_once.cache_clear()
+    opening._say_once.cache_clear()
     with caplog.at_level("INFO"):
         assert [train_loader(data).backend for _ in range(2)] == ["torchvision"] * 2
     assert caplog.text.count("ffcv cannot be used: its library is missing") == 1
