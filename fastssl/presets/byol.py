@@ -72,7 +72,7 @@ def byol_mini() -> RunConfig:
         model=ModelConfig(arch="resnet18", norm="local"),
         views=byol_asymmetric(size=64, min_scale=0.2),
         optim=Lars(base_lr=1.0, weight_decay=1e-6, warmup_epochs=1, exclude=EXCLUDE),
-        train=TrainConfig(epochs=8, global_batch_size=64, ema_momentum=0.99),
+        train=TrainConfig(epochs=8, global_batch_size=64, ema_momentum=0.98),
         log=LogConfig(every_steps=5),
         eval=EvalConfig(knn_every_epochs=1, resize=64, crop=64),
     )
