@@ -3,9 +3,11 @@ SHELL := /bin/bash
 VENV := .venv/bin/python
 PY ?= $(VENV)
 OUT ?= data/imagenet
-BETON ?= data/imagenet/train.beton
+BETON ?=
 # what runs Python sets up first, but only where there is no .venv at all: an environment in use is never changed by a test
 READY := $(if $(filter $(VENV),$(PY)),$(if $(wildcard .venv),,setup))
+# one process per core, four at most (each holds torch), one thread each; a file's tests stay together, they share fixtures
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 COMPILE := uv pip compile -q --universal --python-version 3.10 --no-annotate --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
@@ -24,10 +26,10 @@ demo: $(if $(filter $(VENV),$(PY)),setup)  ## tiles -> .beton -> a few minutes o
 	@$(PY) -m scripts.demo $(if $(DEMO_DATA),--data "$(DEMO_DATA)")
 
 test: $(READY)  ## the tests, without the slow ones
-	@$(PY) -m pytest -m "not slow and not gpu"
+	@$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(READY)  ## every test that needs no GPU
-	@$(PY) -m pytest -m "not gpu"
+	@$(PYTEST) -m "not gpu"
 
 lint: $(READY)  ## ruff
 	@$(PY) -m ruff check -q . && $(PY) -m ruff format -q --check . && bash -n scripts/setup.sh .ci/run scripts/slurm/*.sh
@@ -37,15 +39,15 @@ lock:  ## compile requirements*.txt from requirements.in (needs uv)
 	@$(COMPILE) requirements.in --override <(printf 'torch==2.7.1\ntorchvision==0.22.1\n') -o requirements-torch27.txt
 	@$(COMPILE) -c requirements.txt <(echo nvidia-dali-cuda120==2.4.0) -o requirements-dali.txt
 
-convert-imagenet: $(if $(IMAGENET),$(READY))  ## train/ and val/ class folders -> .beton, once    IMAGENET=DIR [OUT=data/imagenet]
-	@test -n "$(IMAGENET)" || { echo "Say where ImageNet is (the folder with train/ and val/): make convert-imagenet IMAGENET=/data/ILSVRC2012" >&2; exit 2; }
-	@$(PY) -m convert.imagenet --source "$(IMAGENET)" --out "$(OUT)"
+convert-imagenet: $(if $(IMAGENET),$(READY))  ## class folders, the official tars, STL-10, CIFAR, shards -> .beton, once    IMAGENET=DIR [OUT=data/imagenet] [FORMAT=webdataset] [ARGS="--verify ..."]
+	@test -n "$(IMAGENET)" || { echo "Say where ImageNet is (the folder with train/ and val/, or with its tars): make convert-imagenet IMAGENET=/data/ILSVRC2012" >&2; exit 2; }
+	@$(PY) -m convert.imagenet --source "$(IMAGENET)" --out "$(OUT)" $(if $(FORMAT),--format "$(FORMAT)") $(ARGS)
 
-bench: $(READY)  ## what the loader reaches, next to its ceiling    [BETON=data/imagenet/train.beton]
-	@$(PY) -m fastssl.bench loader --path "$(BETON)"
+bench: $(READY)  ## what the loader reaches, next to its ceiling and to other loaders    [BETON=data/imagenet/train.beton]
+	@$(PY) -m fastssl.bench loader $(if $(BETON),--path "$(BETON)")
 
 gpu-check: $(READY)  ## GPU tests and benchmarks, one JSON in benchmarks/results; without CUDA it says so    [BETON=]
-	@$(PY) -m scripts.gpu_check $(if $(filter command line environment,$(origin BETON)),--beton "$(BETON)")
+	@$(PY) -m scripts.gpu_check $(if $(BETON),--beton "$(BETON)")
 
 eval-knn: $(if $(CHECKPOINT),$(READY))  ## k-NN of a backbone    CHECKPOINT=FILE [DATA=data/imagenet]
 	@test -n "$(CHECKPOINT)" || { echo "Say which backbone: make eval-knn CHECKPOINT=runs/NAME/checkpoint_last.pt" >&2; exit 2; }

@@ -54,11 +54,14 @@ def train(cfg: RunConfig, dist: Dist) -> State:
         batch=cli.rank_batch(cfg, dist.world),
         accumulation_steps=t.accumulation_steps,
         seed=t.seed,
-        shuffle=cfg.data.shuffle,
+        order=cfg.data.order,
+        last_batch=cfg.data.last_batch,
+        subset=cfg.data.subset,
         backend=e.loader,
         workers=e.workers,
         prefetch=e.prefetch,
     )
+    cli.check_last_batch(loader.smallest_batch)
     folder, resume = runs.open_run(cfg, dist)
     torch.manual_seed(t.seed)
     method = METHODS[cfg.method.name](cfg.method, partial(build_backbone, cfg.model.arch), cfg.model.norm)
@@ -102,6 +105,7 @@ def build_hooks(cfg: RunConfig, dist: Dist, folder: Path, dtype: torch.dtype, *,
         knn = partial(
             evaluate,
             data_path=cfg.data.path,
+            subset=cfg.data.subset,
             dist=dist,
             k=e.knn_k,
             resize=e.resize,

@@ -1,148 +1,34 @@
-"""Class folders -> .beton, once:  python -m convert.imagenet --source /data/ILSVRC2012 --out data/imagenet
+"""Images in any form -> .beton, once:  python -m convert.imagenet --source /data/ILSVRC2012 --out data/imagenet
 
-train/ and val/ with one folder per class (torchvision's ImageFolder) become train.beton and val.beton, each with its
-sidecar: images in ImageFolder's order with its class indices, the longer side at most 500 pixels, JPEG quality 90 4:2:0.
-The bytes depend on the images and on these two options, not on the number of workers.  All is checked that can be before
-the first image is written, both files are put in place at the end, and a conversion that stops leaves nothing behind.
+--source may hold train/ and val/ with one folder per class (torchvision's ImageFolder), ImageNet's official tars, STL-10's or
+CIFAR's files, WebDataset shards, or images without labels (convert/detect.py).  Each split becomes SPLIT.beton with its
+sidecar: images in the source's order with its class indices, by default with the longer side at most 500 pixels, as JPEG of
+quality 90, 4:2:0.  The bytes depend on the images and the options, not on the number of workers.
+
+Three things to know of bad images.  A file that no decoder reads, that is cut off, or whose compressed data libjpeg calls
+damaged is bad, and so is a JPEG without its end marker: pixels that were never stored would be trained on.  By default the
+conversion fails with their list; --on-bad skip leaves them out and says so in OUT/conversion_report.json.
+
+All is checked that can be before the first image is written, all files are put in place at the end, and a conversion that
+stops leaves nothing behind.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import sys
-import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from convert.encode import Bad, Encoding, Stored, encode_file, encode_files
-from convert.progress import Progress, gigabytes, note
-from loaders import class_folders
-from loaders.beton import JPEG, PAGE_SIZE, BetonWriter
+from convert import report as reports_file
+from convert.detect import detect
+from convert.encode import Encoding, Subsampling
+from convert.progress import note
+from convert.report import Report
+from convert.sources import SPLITS, Pixels, Source, chosen_classes, from_class_folders, only_classes
+from convert.verify import verify_set
+from convert.write import Format, Job, OnBad, convert, jobs_for
 from loaders.errors import DataError
-
-_PROBE = 64
-"""Images encoded beforehand to estimate the size."""
-_MAX_BAD = 20
-
-
-@dataclass(frozen=True)
-class Split:
-    """One tree of class folders and the file it becomes."""
-
-    folder: Path
-    beton: Path
-    classes: list[str]
-    names: list[str]
-    """Paths below `folder`, in order."""
-    labels: np.ndarray
-    """int64 [N], indices into `classes`."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion made."""
-
-    path: Path
-    images: int
-    classes: int
-    bytes: int
-    seconds: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.path}: {self.images:,} images of {self.classes:,} classes, {gigabytes(self.bytes)}, "
-            f"in {timedelta(seconds=round(self.seconds))} ({self.images / self.seconds:,.0f} images/s)"
-        )
-
-
-def scan(folder: Path, beton: Path, classes: Sequence[str] | None = None) -> Split:
-    """List a tree of class folders.  `classes`: the classes whose indices to use (the training set's); default: its own.
-
-    Raises DataError where there are no class folders, a class is empty, or a class is not among `classes`.
-    """
-    names, labels, classes = class_folders.scan(folder, classes)
-    return Split(folder, beton, classes, names, labels)
-
-
-def _usable_workers(workers: int) -> int:
-    cores = len(os.sched_getaffinity(0))
-    if workers < 0:
-        raise DataError(f"There cannot be {workers} workers. Give --workers 1 or more, or 0 for one per core.")
-    if workers > cores:
-        note(f"{workers} workers asked for, but {cores} cores are available: using {cores}.")
-    return min(workers, cores) or cores
-
-
-def estimate(split: Split, encoding: Encoding) -> int:
-    """Expected bytes of the .beton and its sidecar, from images spread over the split."""
-    probe = np.unique(np.linspace(0, len(split.names) - 1, _PROBE).astype(int))
-    results = [encode_file(split.folder / split.names[i], encoding) for i in probe]
-    sizes = [len(r.jpeg) for r in results if isinstance(r, Stored)]
-    per_image = sum(sizes) / max(1, len(sizes)) * 1.01 + 80  # page ends; tables and sidecar
-    return PAGE_SIZE + round(len(split.names) * per_image)
-
-
-def _check_outputs(splits: Iterable[Split], encoding: Encoding, overwrite: bool) -> None:
-    """Existing outputs and disk space, before hours of work."""
-    if taken := [str(s.beton) for s in splits if s.beton.exists() and not overwrite]:
-        raise DataError(
-            f"{' and '.join(taken)} exist{'s' * (len(taken) == 1)} already. Add --overwrite, or choose another folder with --out."
-        )
-    needed = sum(estimate(s, encoding) for s in splits)
-    out = next(iter(splits)).beton.absolute().parent
-    existing = next(p for p in (out, *out.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise DataError(
-            f"Converting needs about {gigabytes(needed)}, but the disk of {out} has {gigabytes(free)} free. "
-            "Free space, or choose another folder with --out, or smaller images with --max-side."
-        )
-
-
-def _write(split: Split, writer: BetonWriter, encoding: Encoding, workers: int, progress: bool) -> None:
-    bad: list[str] = []
-    total = len(split.names)
-    with ExitStack() as stack:
-        shown = stack.enter_context(Progress(split.beton.name, total)) if progress else None
-        encoded = stack.enter_context(closing(encode_files(split.folder, split.names, encoding, workers)))
-        for i, (name, image) in enumerate(zip(split.names, encoded, strict=True)):
-            if isinstance(image, Bad):
-                bad.append(f"{split.folder / name} ({image.reason})")
-                if len(bad) == _MAX_BAD:
-                    break
-            elif not bad:  # once one is bad, the rest is only looked through for others
-                writer.append(image.jpeg, JPEG, image.height, image.width, int(split.labels[i]), crc32=image.crc32)
-            if shown:
-                expected = f"{gigabytes(writer.bytes_written / (i + 1) * total)} expected" if i >= 200 else ""
-                shown.update(f"{len(bad)} bad" if bad else expected)
-    if bad:
-        raise DataError(
-            f"{len(bad)}{' or more' * (len(bad) == _MAX_BAD)} files cannot be converted: {'; '.join(bad)}. "
-            "Replace or remove them, then convert again."
-        )
-    writer.finish(split.names, split.classes, str(split.folder.absolute()), encoding.describe())
-
-
-def _convert(splits: Sequence[Split], encoding: Encoding, workers: int, overwrite: bool, progress: bool) -> list[Report]:
-    workers = _usable_workers(workers)
-    _check_outputs(splits, encoding, overwrite)
-    page_size = max(PAGE_SIZE, 1 << (3 * encoding.max_side**2).bit_length())
-    reports = []
-    with ExitStack() as stack:  # all files are put in place together, or none
-        for split in splits:
-            start = time.monotonic()
-            writer = stack.enter_context(BetonWriter(split.beton, len(split.names), page_size=page_size))
-            _write(split, writer, encoding, workers, progress)
-            seconds = time.monotonic() - start
-            reports.append(Report(split.beton, len(split.names), len(np.unique(split.labels)), writer.bytes_written, seconds))
-    return reports
 
 
 def convert_folder(
@@ -161,40 +47,112 @@ def convert_folder(
     `classes`: class names by label, where not `source`'s own (a validation set takes its training set's).  Raises DataError
     for anything wrong with the images, the options or the disk; then `out` is as it was.
     """
-    return _convert([scan(source, out, classes)], Encoding(max_side=max_side, quality=quality), workers, overwrite, progress)[0]
+    job = Job(from_class_folders(source, "train", classes), out)
+    encoding = Encoding(max_side=max_side, quality=quality)
+    return convert([job], encoding, workers=workers, overwrite=overwrite, progress=progress)[0]
 
 
 def convert_imagenet(
-    source: Path, out: Path = Path("data/imagenet"), max_side: int = 500, quality: int = 90, workers: int = 0, overwrite: bool = False
+    source: Path,
+    out: Path = Path("data/imagenet"),
+    max_side: int = 500,
+    quality: int = 90,
+    workers: int = 0,
+    overwrite: bool = False,
+    subsampling: Subsampling = "4:2:0",
+    keep_original: bool = False,
+    raw_fraction: float | None = None,
+    seed: int = 0,
+    classes: str | None = None,
+    format: Format = "beton",
+    on_bad: OnBad = "fail",
+    verify: bool = False,
 ) -> list[Report]:
-    """Convert train/ and val/ class folders to OUT/train.beton and OUT/val.beton, once, for all training runs.
+    """Convert images to OUT/train.beton, OUT/val.beton (and OUT/unlabeled.beton for STL-10), once, for all training runs.
 
     Args:
-        source: Folder with train/ and val/, each with one folder of images per class; or class folders only (training set).
-        out: Folder for the .beton files.
+        source: Folder with train/ and val/, each with one folder of images per class, or class folders only (training set); with
+            ImageNet's ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and devkit as downloaded; with STL-10's stl10_binary/; with
+            CIFAR's python archive; of WebDataset shards; or of images without labels.
+        out: Folder for the files.
         max_side: Longer side of the stored images, pixels; smaller images keep their size.
         quality: JPEG quality of the stored images.
         workers: Processes; 0: one per core.
-        overwrite: Replace existing .beton files.
+        overwrite: Replace existing files.
+        subsampling: Chroma subsampling of the stored JPEGs.
+        keep_original: Store a file's bytes untouched when it is within max_side and a complete baseline RGB (YCbCr) JPEG, sampled
+            4:4:4, 4:2:2 or 4:2:0. All other images are encoded as without this option, grey ones as RGB.
+        raw_fraction: Share of the images that is stored as pixels instead of JPEG, chosen by seed and position. Default: 0, but 1 for
+            STL-10 and CIFAR, which come as pixels.
+        seed: Of the choice of raw images.
+        classes: Only these classes: a number N for the first N by name, or a text file with one class name per line. Labels are
+            numbered anew by sorted name, alike in all splits.
+        format: beton; or webdataset: shards of JPEGs with DALI's index files.
+        on_bad: What to do about images that cannot be decoded completely: fail with a list of them, or skip them and report.
+        verify: Read everything again afterwards and compare it with the source, as python -m convert.verify does.
     """
-    encoding = Encoding(max_side=max_side, quality=quality)
-    train, val = source / "train", source / "val"
-    if not train.is_dir() and val.is_dir():
-        raise DataError(f"{source} has val/ but no train/. Put the training images into {train}, one folder per class, and convert again.")
-    if train.is_dir():
-        splits = [scan(train, out / "train.beton")]
-    else:
-        splits = [scan(source, out / "train.beton")]
-        note(f"{source} has no train/ and val/: its {len(splits[0].classes):,} folders are taken as the classes of a training set.")
-    if val.is_dir():
-        # The small one first: what is wrong with it shows before the hours that the training set takes.
-        splits.insert(0, scan(val, out / "val.beton", splits[0].classes))
-    elif train.is_dir():
-        stale = f"; {out / 'val.beton'} is left as it is" if (out / "val.beton").exists() else ""
-        note(f"{source} has no val/: only train.beton is written{stale}. Evaluations need a val.beton.")
-    for split in splits:
-        note(f"{split.folder}: {len(split.names):,} images of {len(np.unique(split.labels)):,} classes.")
-    return _convert(splits, encoding, workers, overwrite, progress=True)
+    # Before the source is looked at, which may take minutes.
+    Encoding(max_side=max_side, quality=quality, subsampling=subsampling, raw_fraction=raw_fraction or 0.0)
+    sources = detect(source)
+    chosen = None if classes is None else chosen_classes(sources, classes)
+    if chosen is not None:
+        sources = only_classes(sources, chosen)
+    encoding = Encoding(
+        max_side=max_side,
+        quality=quality,
+        subsampling=subsampling,
+        keep_original=keep_original,
+        raw_fraction=float(isinstance(sources[0].items, Pixels)) if raw_fraction is None else raw_fraction,
+        seed=seed,
+    )
+    if format == "webdataset" and encoding.raw_fraction:
+        raise DataError(f"Shards hold JPEGs, but {encoding.raw_fraction:.0%} of the images would be stored raw. Add --raw-fraction 0.")
+    jobs = jobs_for(sources, out, format)
+    _say_what_is_missing(source, sources, jobs)
+    for one in sources:
+        note(f"{one}.")
+    options = {"classes": chosen}
+    reports = convert(jobs, encoding, workers=workers, overwrite=overwrite, on_bad=on_bad, options=options)
+    reports.sort(key=lambda r: SPLITS.index(r.split))
+    reports_file.write(out, source, encoding.describe() | options, reports)
+    if verify:
+        _verify(jobs, workers)
+    return reports
+
+
+def _verify(jobs: Sequence[Job], workers: int) -> None:
+    try:
+        for job in jobs:
+            verdict = verify_set(job.path, job.source, workers)
+            verdict.raise_if_different()
+            note(str(verdict))
+    except KeyboardInterrupt as e:
+        raise DataError(
+            f"Interrupted while reading again what was written. All files are in place; for the check alone: "
+            f"python -m convert.verify --beton {jobs[0].path.parent}"
+        ) from e
+
+
+def _say_what_is_missing(source: Path, sources: Sequence[Source], jobs: Sequence[Job]) -> None:
+    splits = {one.split for one in sources}
+    if splits == {"val"}:
+        note(f"{source} has no training images: only a validation set is written.")
+    elif "val" not in splits and all(one.labels is not None for one in sources):
+        val = jobs[0].path.with_stem("val")
+        stale = f"; {val} is left as it is" if val.exists() else ""
+        note(f"{source} has no val/: only {jobs[0].path.name} is written{stale}. Evaluations need a validation set.")
+
+
+def next_step(reports: Sequence[Report]) -> str:
+    """What to run on what was written."""
+    folder = reports[0].path.parent
+    splits = {r.split: r.path for r in reports}
+    steps = []
+    if "train" in splits:
+        steps.append(f"Next: python train.py --method lewel --data.path {folder}")
+    if "unlabeled" in splits:
+        steps.append(f"To train on the unlabelled images: --data.path {splits['unlabeled']}")
+    return ". ".join(steps)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -208,8 +166,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("Interrupted; nothing was written.", file=sys.stderr)
         sys.exit(130)
-    out = reports[0].path.parent
-    print(f"Wrote {'; '.join(map(str, reversed(reports)))}. Next: python train.py --method lewel --data.path {out}")
+    for report in reports:
+        print(f"Wrote {report}.")
+    print(f"Complete table: {reports[0].path.parent / reports_file.FILE}. {next_step(reports)}")
 
 
 if __name__ == "__main__":

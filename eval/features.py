@@ -28,8 +28,8 @@ class Bank:
 
     features: Tensor
     """float32 [n, D], as the backbone gave them."""
-    labels: Tensor
-    """int64 [n]."""
+    labels: Tensor | None
+    """int64 [n]; None for unlabelled images."""
     index: Tensor
     """int64 [n]: sample ids, unique over all ranks."""
 
@@ -37,7 +37,8 @@ class Bank:
         return len(self.index)
 
     def __getitem__(self, rows: Tensor | slice) -> Bank:
-        return Bank(self.features[rows], self.labels[rows], self.index[rows])
+        labels = None if self.labels is None else self.labels[rows]
+        return Bank(self.features[rows], labels, self.index[rows])
 
 
 def load_backbone(
@@ -171,7 +172,8 @@ def extract(
             for batch in _progress(loader, what):
                 (images,) = augment(batch).per_view()
                 features.append(backbone(images).pooled.float())
-                labels.append(batch.label.clone())
+                if batch.label is not None:
+                    labels.append(batch.label.clone())
                 index.append(batch.index.clone())
     finally:
         for module, mode in modes.items():
@@ -179,7 +181,7 @@ def extract(
     if not index:
         none = torch.empty(0, dtype=torch.int64, device=device)
         return Bank(torch.empty(0, backbone.num_features, device=device), none, none)
-    return Bank(torch.cat(features), torch.cat(labels).long(), torch.cat(index))
+    return Bank(torch.cat(features), torch.cat(labels).long() if labels else None, torch.cat(index))
 
 
 def _progress(loader: Iterable[ImageBatch], what: str) -> Iterable[ImageBatch]:

@@ -128,16 +128,19 @@ def evaluate(
     crop: int = 224,
     batch: int = 256,
     dtype: torch.dtype = torch.float32,
+    subset: str = "",
     backend: str = "auto",
     workers: int = 0,
 ) -> dict[str, float]:
     """knn/dino of a live backbone on `data_path`'s train and val splits: {"knn<k>_top1", "knn<k>_top5"} in percent.
 
     Every rank calls it with the same weights on `dist.device`.  Training modes, buffers and random states stay as they are.
-    batch: images per rank; dtype: autocast type.  DataError when a split is missing or unlabelled.
+    subset: part of train to take as bank, a rule of `loaders.subsets`.  batch: images per rank; dtype: autocast type.  DataError when
+    a split is missing or unlabelled.
     """
     protocol = WeightedKNN(k=tuple(k), resize=resize, crop=crop)
-    result = measure(backbone, data_path, protocol, dist=dist, batch=batch, dtype=dtype, backend=backend, workers=workers)
+    options = {"subset": subset, "batch": batch, "dtype": dtype, "backend": backend, "workers": workers}
+    result = measure(backbone, data_path, protocol, dist=dist, **options)
     return {name: value for name, value in result.items() if name.startswith("knn")}
 
 
@@ -147,15 +150,17 @@ def measure(
     protocol: WeightedKNN | LewelMonitor,
     *,
     dist: Dist,
+    subset: str,
     batch: int,
     dtype: torch.dtype,
     backend: str,
     workers: int,
 ) -> dict[str, float]:
     """Scores of `protocol` and the numbers of images they come from.  Arguments as for `evaluate`."""
-    splits = ("train", "val") if isinstance(protocol, WeightedKNN) else ("val",)
     spec = (View(crop=CenterCrop(size=protocol.crop, resize=protocol.resize, interpolation=protocol.interpolation)),)
-    loaders = {s: build_eval_loader(data_path, s, spec, dist=dist, batch=batch, backend=backend, workers=workers) for s in splits}
+    parts = {"train": subset, "val": ""}
+    reading = {"dist": dist, "batch": batch, "backend": backend, "workers": workers}
+    loaders = {s: build_eval_loader(data_path, s, spec, subset=parts[s], **reading) for s in protocol.splits}
     for split, loader in loaders.items():
         if loader.labels is None:
             raise DataError(f"The {split} split of {data_path} has no labels, and k-NN needs them. Give labelled data with --data.")
@@ -186,6 +191,8 @@ class Args:
     """A run's checkpoint_last.pt or backbone.safetensors, a torchvision state dict, or random:ARCH[:SEED]."""
     data: str = "data/imagenet"
     """Folder with train and val: .beton files or class folders."""
+    subset: str = ""
+    """Part of train to take as bank, as --data.subset of train.py: 1percent, 10percent, first:N, after:N, random:N or a file of names."""
     protocol: Literal["knn/dino", "knn/lewel-monitor"] = "knn/dino"
     """The settings below default to the protocol's."""
     network: Literal["online", "target"] = "online"
@@ -200,7 +207,7 @@ class Args:
     """Images per rank in one forward pass."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast type of the forward pass."""
-    loader: Literal["auto", "ffcv", "torchvision", "folder"] = "auto"
+    loader: Literal["auto", "ffcv", "dali", "torchvision", "torchvision_cuda", "folder"] = "auto"
     """Decoder, as in train.py."""
     workers: int = 0
     """Decoder threads per rank; 0: the cores divided by the ranks."""
@@ -218,6 +225,8 @@ def settings(args: Args) -> WeightedKNN | LewelMonitor:
         raise ConfigError(
             f"A centre crop of {protocol.crop} does not fit in images resized to {protocol.resize}: lower --crop or raise --resize."
         )
+    if args.subset and "train" not in protocol.splits:
+        raise ConfigError(f"{protocol.name} takes its memory from val: leave --subset out.")
     return protocol
 
 
@@ -226,7 +235,8 @@ def result_path(args: Args) -> Path | None:
     out = args.out
     if out is None and not args.checkpoint.startswith("random:"):
         checkpoint = Path(args.checkpoint)
-        out = checkpoint.with_name(f"{checkpoint.stem}.{args.protocol.replace('/', '-')}.json")
+        name = args.protocol + (f"-{args.subset}" if args.subset else "")
+        out = checkpoint.with_name(f"{checkpoint.stem}.{name.replace('/', '-').replace(':', '-')}.json")
     if out is not None and not os.access(out.parent, os.W_OK):
         raise ConfigError(
             f"The result cannot be written to {out}: its folder is missing or read-only. Choose another with --out FILE.json."
@@ -240,7 +250,15 @@ def run(args: Args, dist: Dist) -> None:
     out = result_path(args)
     backbone = backbone.to(dist.device, memory_format=torch.channels_last)
     scores = measure(
-        backbone, args.data, protocol, dist=dist, batch=args.batch, dtype=DTYPES[args.dtype], backend=args.loader, workers=args.workers
+        backbone,
+        args.data,
+        protocol,
+        dist=dist,
+        subset=args.subset,
+        batch=args.batch,
+        dtype=DTYPES[args.dtype],
+        backend=args.loader,
+        workers=args.workers,
     )
     if any(math.isnan(v) for v in scores.values()):
         raise CheckpointError(f"{args.checkpoint} gives features that are not finite: the run diverged. Evaluate an earlier checkpoint.")
@@ -248,6 +266,7 @@ def run(args: Args, dist: Dist) -> None:
         return
     origin = {name: about[name] for name in ("arch", "method", "step", "network")}
     shown = {name: getattr(protocol, name) for name in ("resize", "crop", "interpolation")} | {"dtype": args.dtype}
+    shown |= {"subset": args.subset} if args.subset else {}
     if out is not None:
         write_result(out, {"protocol": protocol.name, "checkpoint": args.checkpoint} | scores | origin | shown)
     print(f"{args.checkpoint} ({', '.join(f'{n} {v}' for n, v in origin.items() if v is not None)})")

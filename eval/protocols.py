@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,7 @@ class WeightedKNN:
     measure the target ("teacher") network, the others the online network.
     """
 
+    splits: ClassVar[tuple[str, ...]] = ("train", "val")
     name: str = "knn/dino"
     k: tuple[int, ...] = (10, 20, 100, 200)
     temperature: float = 0.07
@@ -34,6 +35,7 @@ class LewelMonitor:
     a real k-NN accuracy: for comparing with that code's curves only.
     """
 
+    splits: ClassVar[tuple[str, ...]] = ("val",)
     name: str = "knn/lewel-monitor"
     k: tuple[int, ...] = (20,)
     memory: float = 0.1

@@ -104,6 +104,15 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     return warnings
 
 
+def check_last_batch(batch: int) -> None:
+    """ConfigError when an epoch ends with `batch` images per rank and micro-batch that BatchNorm cannot normalise."""
+    if batch < 2:
+        raise ConfigError(
+            "The kept last batch of an epoch has one image per rank and micro-batch, and BatchNorm needs at least two: take "
+            "--data.last-batch drop, or another --train.global-batch-size."
+        )
+
+
 def describe(cfg: RunConfig, world: int) -> str:
     """The resolved values, one flag a line, then what follows from them."""
     from fastssl.config import to_dict

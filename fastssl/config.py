@@ -64,8 +64,17 @@ class Lars(OptimConfig):
 class DataConfig:
     path: str = "data/imagenet"
     """Folder with train.beton and val.beton, or train/ and val/ class folders; or one .beton file (training only)."""
-    shuffle: bool = True
-    """A new global order each epoch. Off: file order (for debugging)."""
+    order: Literal["shuffle", "chunks", "balanced", "sequential"] = "shuffle"
+    """shuffle: a new permutation each epoch. chunks: pieces of the file in a new order, mixed within about 1 GB; for files larger than
+    the memory. balanced: classes in turn, so that all come equally often. sequential: the stored order, for debugging. The same for
+    any number of ranks."""
+    last_batch: Literal["drop", "keep"] = "drop"
+    """What to do with the last images of an epoch that fill no batch: leave them out (others each epoch), or train on a smaller batch,
+    filled up to a multiple of the ranks with images of the epoch's beginning."""
+    subset: str = ""
+    """Part of the training images. 1percent, 10percent: ImageNet's lists; first:N: the first N of each class (first:260: IN20%);
+    after:N: the N of each class that follow first:N and one left out; random:N or random:N:SEED: N of each class; PATH: a text file
+    of image names. Empty: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +108,8 @@ class EfficiencyConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the method's forward; auto: on with CUDA, off on a CPU (where it gains nothing)."""
     channels_last: bool = True
-    loader: Literal["auto", "ffcv", "torchvision", "folder"] = "auto"
-    """Decoder; auto: the first usable of ffcv, torchvision for a .beton, folder for class folders."""
+    loader: Literal["auto", "ffcv", "dali", "torchvision", "torchvision_cuda", "folder"] = "auto"
+    """Decoder; auto: the first usable of ffcv, dali, torchvision for stored data, folder for folders."""
     workers: int = 0
     """Decoder threads per rank; 0: the cores of this machine divided by its ranks, at most 12."""
     prefetch: int = 3

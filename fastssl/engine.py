@@ -126,7 +126,8 @@ def prepare(method: Method, cfg: RunConfig, dist: Dist, steps_per_epoch: int) ->
     method.train()
     optimizer = build_optimizer(method, cfg)
     if compiles(cfg, dist.device):
-        method.compile(dynamic=False)  # in place and before DDP: state-dict keys stay clean
+        # In place and before DDP: state-dict keys stay clean.  One graph per batch length: the full one and a kept last one.
+        method.compile(dynamic=False)
     model: nn.Module = method
     if dist.world > 1:
         # Buffers are not synchronised: the one policy that needs rank 0's statistics has its own flat broadcast.

@@ -24,7 +24,10 @@ class Crop:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width / height of the box."""
     region: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
-    """top, left, bottom, right of the part of the image boxes are drawn in, as fractions."""
+    """top, left, bottom, right of the part of the image boxes are drawn in, as fractions of its height and width."""
+    region_from: Literal["corner", "middle"] = "corner"
+    """What the region's fractions count from: the top left corner, or the pixel at half the height and width, rounded down; what
+    is beyond the image ends at its border."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
@@ -93,6 +96,12 @@ def groups(spec: ViewSpec) -> tuple[tuple[int, ...], ...]:
 # ------------------------------------------------------------------------------------------------ recipes
 
 BYOL_JITTER = Photometric(jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grey=0.2)
+
+
+# W2SSL's overlapping strips, to be counted from the middle (its code cuts at w // 2 + 0.3 w): left, right.
+W2SSL_HALVES = ((-1.0, -1.0, 1.0, 0.3), (-1.0, -0.3, 1.0, 1.0))
+# Of its four quadrants: top left, bottom left, top right, bottom right.
+W2SSL_QUADRANTS = ((-1.0, -1.0, 0.3, 0.3), (-0.3, -1.0, 1.0, 0.3), (-1.0, -0.3, 0.3, 1.0), (-0.3, -0.3, 1.0, 1.0))
 
 
 def byol_asymmetric(*, size: int = 224, min_scale: float = 0.2) -> ViewSpec:

@@ -14,12 +14,9 @@ A file without a sidecar (stock FFCV's) opens too.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from loaders.errors import DataError
-from loaders.sidecar import Sidecar, checksums, convert_again, dump, sidecar_path
+from loaders.images import MAX_PIXELS
+from loaders.sidecar import Sidecar, convert_again, dump, sha256, sidecar_path
+from loaders.stored import Stored, read_only
+from loaders.unfinished import Unfinished, partial
 
 VERSION = 2
 JPEG, RAW = 0, 1
@@ -49,15 +49,16 @@ def _record(types: Sequence[np.dtype]) -> np.dtype:
     return np.dtype([(f"f{i}", t) for i, t in enumerate(types)], align=True)
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
+def _sums(head: Iterable[np.ndarray], labels: np.ndarray | None, tables: Iterable[np.ndarray]) -> dict[str, str]:
+    """The tables hold the labels too; a sum of their own names the culprit."""
+    return {"header": sha256(head), "labels": sha256([] if labels is None else [labels]), "tables": sha256(tables)}
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Beton:
+class Beton(Stored):
     """The tables of an open .beton in memory, its bytes mapped.  N samples, by sample id."""
 
     path: Path
@@ -75,6 +76,8 @@ class Beton:
     """uint64 [N], bytes."""
     label: np.ndarray | None
     """int64 [N], or None for a file without an integer field."""
+    page_size: int
+    """Bytes, as its header says."""
     sidecar: Sidecar | None = None
 
     @classmethod
@@ -82,52 +85,37 @@ class Beton:
         """Read and check the tables; no sample byte is touched.  Raises DataError for any file that cannot be trusted."""
         return _open(Path(path))
 
-    def __len__(self) -> int:
-        return len(self.mode)
-
-    def __repr__(self) -> str:
-        return f"Beton({str(self.path)!r}, {len(self)} samples)"
-
     def sample(self, i: int) -> np.ndarray:
         """The stored bytes of sample i: uint8 [size], a view of the file."""
         start = int(self.ptr[i])
         return self._bytes[start : start + int(self.size[i])]
 
+    def file(self, i: int) -> Path:
+        """The file that holds sample i."""
+        return self.path
+
+    @cached_property
+    def address(self) -> np.ndarray:
+        """uint64 [N]: where the first byte of each sample lies in this process's memory."""
+        address = self.ptr + np.uint64(self._bytes.ctypes.data)
+        read_only(address)
+        return address
+
     @cached_property
     def _bytes(self) -> np.ndarray:
         return self.data.view(np.ndarray)  # slicing a memmap costs microseconds
 
-    @property
-    def classes(self) -> list[str] | None:
-        """Class names by label, if the sidecar has them."""
-        return self.sidecar.content["classes"] if self.sidecar else None
-
-    @property
-    def source(self) -> str | None:
-        """Folder the images came from."""
-        return self.sidecar.content["source"] if self.sidecar else None
-
-    @cached_property
-    def names(self) -> list[str] | None:
-        """Path of each sample below `source`; unpacked at first use."""
-        return self.sidecar.names() if self.sidecar else None
-
-    @cached_property
-    def crc32(self) -> np.ndarray | None:
-        """uint32 [N]: CRC-32 (zlib's) of each sample's bytes as written; unpacked at first use."""
-        return self.sidecar.column("crc32", "<u4") if self.sidecar else None
-
 
 def _open(path: Path) -> Beton:
     if not path.is_file():
-        hint = f" ({_partial(path).name} is there: a conversion is running or was killed)" if _partial(path).exists() else ""
+        hint = f" ({partial(path).name} is there: a conversion is running or was killed)" if partial(path).exists() else ""
         raise DataError(f"There is no file {path}{hint}. Make it with: python -m convert.imagenet --source DIR --out {path.parent}")
     try:
         total = path.stat().st_size
         data = np.memmap(path, np.uint8, mode="r") if total else np.empty(0, np.uint8)
     except OSError as e:
         raise DataError(f"{path} cannot be read: {e.strerror}. Check its permissions and the disk.") from e
-    sidecar = Sidecar.load(path)
+    sidecar = Sidecar.load(sidecar_path(path), path)
     again = sidecar.again if sidecar else convert_again(path)
 
     if total < HEADER.itemsize:
@@ -161,7 +149,7 @@ def _open(path: Path) -> Beton:
     label_field = next((i for i in ints if fields["name"][i] == b"label"), ints[0] if ints else None)
     label = None if label_field is None else np.ascontiguousarray(samples[f"f{label_field}"], np.int64)
     if sidecar is not None:
-        sidecar.check(n, checksums([data[:end_of_fields]], [] if label is None else [label], [samples, allocations]))
+        sidecar.check(n, _sums([data[:end_of_fields]], label, [samples, allocations]))
 
     image = samples[f"f{list(fields['type_id']).index(_RGB)}"]
     columns = {name: np.array(image[name], t) for name, t in (("mode", np.uint8), ("height", np.int32), ("width", np.int32))}
@@ -171,7 +159,8 @@ def _open(path: Path) -> Beton:
     at = np.minimum(np.searchsorted(known, ptr), len(known) - 1)
     size = np.array(allocations["size"][order][at], np.uint64)
 
-    beton = Beton(path, data, **columns, ptr=ptr, size=size, label=label, sidecar=sidecar)
+    read_only(*columns.values(), ptr, size, label)
+    beton = Beton(path, data, **columns, ptr=ptr, size=size, label=label, page_size=int(header["page_size"]), sidecar=sidecar)
     _check_tables(beton, found=known[at] == ptr, first=end_of_samples, last=start, again=again)
     return beton
 
@@ -185,6 +174,7 @@ def _check_tables(beton: Beton, found: np.ndarray, first: int, last: int, again:
         ("has no entry in the allocation table", found),
         ("lies outside of the file's data", inside),
         ("has no bytes or no pixels", (beton.size > 0) & (pixels > 0)),
+        (f"has more than {MAX_PIXELS:,} pixels", pixels <= MAX_PIXELS),
         (f"is neither a JPEG (mode {JPEG}) nor raw (mode {RAW})", beton.mode <= RAW),
         ("is raw and has not height x width x 3 bytes", (beton.mode != RAW) | (beton.size == 3 * pixels)),
     ):
@@ -211,6 +201,7 @@ class BetonWriter:
 
     path: Path
     num_samples: int
+    """Or an upper bound."""
     labels: bool = field(default=True, kw_only=True)
     page_size: int = field(default=PAGE_SIZE, kw_only=True)
 
@@ -230,20 +221,8 @@ class BetonWriter:
         self._finished = False
 
     def __enter__(self) -> BetonWriter:
-        self._made = [p for p in (self.path.parent, *self.path.parent.parents) if not p.exists()]
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(os.open(_partial(self.path), os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=1 << 20)
-        except OSError as e:
-            raise DataError(f"Cannot write {self.path}: {e.strerror}. Choose another folder.") from e
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            self._file.close()
-            raise DataError(f"Another process is writing {_partial(self.path)}. Wait for it, or choose another folder.") from e
-        except OSError:
-            pass  # a file system without locks
-        self._file.truncate(0)  # what a killed conversion left
+        self._out = Unfinished(self.path)
+        self._file = self._out.file
         self._file.seek(self._end)
         return self
 
@@ -279,60 +258,38 @@ class BetonWriter:
         self, names: Sequence[str], classes: Sequence[str] | None = None, source: str | None = None, options: Mapping | None = None
     ) -> None:
         """Write the tables and the sidecar.  `names`: path of each sample below `source`; `classes`: names by label."""
-        if not self._written == self.num_samples == len(names):
-            raise ValueError(f"{self._written} samples and {len(names)} names for a .beton of {self.num_samples}")
-        self._head["alloc_table_ptr"] = self._end
-        for position, part in ((self._end, [self._allocations]), (0, [self._head, self._fields, self._samples])):
+        n = self._written
+        if not n == len(names) <= self.num_samples:
+            raise ValueError(f"{n} samples and {len(names)} names for a .beton of at most {self.num_samples}")
+        samples, allocations = self._samples[:n], self._allocations[:n]
+        self._head["num_samples"], self._head["alloc_table_ptr"] = n, self._end
+        for position, part in ((self._end, [allocations]), (0, [self._head, self._fields, samples])):
             self._file.seek(position)
             for table in part:
                 self._file.write(table.tobytes())
-        self._sync(self._file)
-        self._end += self._allocations.nbytes
+        self._out.sync(self._file)
+        self._end += allocations.nbytes
 
-        image, label = self._samples["f0"], [np.ascontiguousarray(self._samples["f1"])] if self.labels else []
-        with open(_partial(sidecar_path(self.path)), "w") as f:
+        image, label = samples["f0"], np.ascontiguousarray(samples["f1"]) if self.labels else None
+        with self._out.create(sidecar_path(self.path)) as f:
             dump(
                 f,
                 source=source,
                 options=options or {},
                 classes=classes,
                 names=names,
-                sums=checksums([self._head, self._fields], label, [self._samples, self._allocations]),
+                sums=_sums([self._head, self._fields], label, [samples, allocations]),
                 columns={
-                    "bytes": self._allocations["size"].astype("<u4"),
+                    "bytes": allocations["size"].astype("<u4"),
                     "height": image["height"],
                     "width": image["width"],
-                    "crc32": self._crc32,
+                    "crc32": self._crc32[:n],
                 },
             )
-            self._sync(f)
+            self._out.sync(f)
         self._finished = True
 
-    @staticmethod
-    def _sync(file) -> None:
-        file.flush()
-        os.fsync(file.fileno())
-
     def __exit__(self, kind, error, traceback) -> None:
-        complete = kind is None and self._finished
-        side = sidecar_path(self.path)
-        try:
-            if complete:
-                # The sidecar first: a crash in between leaves a pair whose checksums disagree, never a file without its checks.
-                os.replace(_partial(side), side)
-                os.replace(_partial(self.path), self.path)
-        finally:
-            for path in (_partial(self.path), _partial(side)):
-                path.unlink(missing_ok=True)
-            with suppress(OSError):
-                self._file.close()
-            if not complete:
-                for folder in self._made:
-                    with suppress(OSError):
-                        folder.rmdir()
+        self._out.close(kind is None and self._finished, error)
         if kind is None and not self._finished:
             raise RuntimeError("BetonWriter was left without finish()")
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
-                f"The disk of {self.path.parent} is full; {self.path.name} was not written. Free space or choose another folder."
-            ) from error

@@ -15,12 +15,13 @@ import torch
 
 from fastssl.batch import ImageBatch
 from fastssl.views import ViewSpec
-from loaders.decoder import Decoder
+from loaders.decoder import Decoder, StoredDecoder
 from loaders.errors import DataError
 from loaders.geometry import Geometry
 from loaders.open import Backend, Split, open_decoder
-from loaders.order import Order, shard
+from loaders.order import LastBatch, Order, Sampling, shard
 from loaders.ring import Job, Ring
+from loaders.subsets import select
 
 _log = logging.getLogger(__name__)
 _MAX_WORKERS = 12
@@ -43,19 +44,30 @@ class Dist(Protocol):
 
 
 class TrainLoader:
-    """Endless shuffled batches of one rank."""
+    """Endless batches of one rank in a global order."""
 
     def __init__(
-        self, decoder: Decoder, geometry: Geometry, order: Order, *, dist: Dist, batch: int, accumulation_steps: int, prefetch: int
+        self,
+        decoder: Decoder,
+        geometry: Geometry,
+        order: Order,
+        *,
+        dist: Dist,
+        accumulation_steps: int,
+        prefetch: int,
+        ids: np.ndarray | None,
     ) -> None:
         self._decoder, self._geometry, self._order = decoder, geometry, order
-        self._dist, self._batch, self._accumulation_steps, self._prefetch = dist, batch, accumulation_steps, prefetch
+        self._dist, self._accumulation_steps, self._prefetch = dist, accumulation_steps, prefetch
         self.backend = decoder.name
         self.path = decoder.path
         self.workers = decoder.workers
-        self.num_samples = len(decoder)
+        self.num_samples = order.num_samples
+        """Of the data set, or of its subset."""
         self.steps_per_epoch = order.steps_per_epoch
-        self.labels: np.ndarray | None = decoder.labels
+        self.smallest_batch = order.batch_size(order.steps_per_epoch - 1) // (dist.world * accumulation_steps)
+        """Images per rank and micro-batch in the last step of an epoch."""
+        self.labels = _part(decoder.labels, ids)
         """int64 [num_samples], or None."""
         self.classes: Sequence[str] | None = decoder.classes
         self.wait_s = 0.0
@@ -74,23 +86,35 @@ class TrainLoader:
                 yield batch
 
     def _jobs(self, step: int) -> Iterator[Job]:
+        order, announced = self._order, self._order.window(step) - 1
         for s in count(step):
-            ids = self._order.ids(s, self._dist.rank, self._dist.world)
-            for micro in ids.reshape(self._accumulation_steps, self._batch):
-                yield Job(micro, self._order.epoch(s), s)
+            if order.sampling == "chunks":
+                while announced <= order.window(s):  # the window of this step, and the one after it
+                    announced += 1
+                    self._announce(announced)
+            for micro in np.split(order.ids(s, self._dist.rank, self._dist.world), self._accumulation_steps):
+                yield Job(micro, order.draw_key(s), s)
+
+    def _announce(self, window: int) -> None:
+        """Let this machine's ranks, each for its share, have a window of chunks read in long pieces instead of image by image."""
+        ids = self._order.window_ids(window)
+        mine = shard(len(ids), self._dist.rank % self._dist.local_world, self._dist.local_world)
+        self._decoder.will_need(ids[mine.start : mine.stop])
 
 
 class EvalLoader:
     """This rank's part of one sequential pass: every sample on exactly one rank, the last batch may be smaller."""
 
-    def __init__(self, decoder: Decoder, geometry: Geometry, *, dist: Dist, batch: int, prefetch: int) -> None:
+    def __init__(self, decoder: Decoder, geometry: Geometry, *, dist: Dist, batch: int, prefetch: int, ids: np.ndarray | None) -> None:
         self._decoder, self._geometry, self._dist, self._batch, self._prefetch = decoder, geometry, dist, batch, prefetch
-        self._mine = shard(len(decoder), dist.rank, dist.world)
+        ids = np.arange(len(decoder), dtype=np.int64) if ids is None else ids
+        mine = shard(len(ids), dist.rank, dist.world)
+        self._mine = ids[mine.start : mine.stop]
         self.backend = decoder.name
-        self.num_samples = len(decoder)
+        self.num_samples = len(ids)
         """Of all ranks."""
-        self.labels: np.ndarray | None = decoder.labels
-        """int64 [num_samples], or None."""
+        self.labels = _part(decoder.labels, ids)
+        """int64 [num_samples] in the order of the pass, or None."""
         self.classes: Sequence[str] | None = decoder.classes
 
     def __len__(self) -> int:
@@ -105,8 +129,7 @@ class EvalLoader:
 
     def _jobs(self) -> Iterator[Job]:
         for s in range(len(self)):
-            part = self._mine[s * self._batch : (s + 1) * self._batch]
-            yield Job(np.arange(part.start, part.stop, dtype=np.int64), 0, s)
+            yield Job(self._mine[s * self._batch : (s + 1) * self._batch], 0, s)
 
 
 def build_loader(
@@ -118,7 +141,9 @@ def build_loader(
     batch: int,
     accumulation_steps: int = 1,
     seed: int = 0,
-    shuffle: bool = True,
+    order: Sampling = "shuffle",
+    last_batch: LastBatch = "drop",
+    subset: str = "",
     backend: Backend = "auto",
     workers: int = 0,
     prefetch: int = 3,
@@ -126,31 +151,63 @@ def build_loader(
     """Training batches of `batch` images per rank and micro-batch.
 
     path: a folder with {train,val}.beton or {train,val}/ class folders; for training also one .beton or one tree of class
-    folders.  workers: decoder threads of this rank; 0 takes its share of the cores.  Raises DataError when the data or the
-    back end cannot be used.
+    folders.  order, last_batch: see `loaders.order`.  subset: a rule of `loaders.subsets`; "" takes every sample.  workers:
+    decoder threads of this rank; 0 takes its share of the cores.  Raises DataError when the data or the back end cannot be used.
     """
-    _check(batch, prefetch)
-    decoder = open_decoder(path, split, backend=backend, workers=_workers(workers, dist), say=dist.rank == 0)
-    order = Order(len(decoder), batch * accumulation_steps * dist.world, seed, shuffle)
+    decoder, ids = _open(path, split, dist, batch, subset, backend, workers, prefetch)
+    share = dist.world * accumulation_steps
+    positions = Order(
+        len(decoder),
+        batch * share,
+        seed,
+        sampling=order,
+        last_batch=last_batch,
+        ids=ids,
+        labels=decoder.labels,
+        multiple_of=share,
+    )
     return TrainLoader(
-        decoder, Geometry(spec, seed), order, dist=dist, batch=batch, accumulation_steps=accumulation_steps, prefetch=prefetch
+        decoder, Geometry(spec, seed), positions, dist=dist, accumulation_steps=accumulation_steps, prefetch=prefetch, ids=ids
     )
 
 
 def build_eval_loader(
-    path: str, split: Split, spec: ViewSpec, *, dist: Dist, batch: int, backend: Backend = "auto", workers: int = 0, prefetch: int = 3
+    path: str,
+    split: Split,
+    spec: ViewSpec,
+    *,
+    dist: Dist,
+    batch: int,
+    subset: str = "",
+    backend: Backend = "auto",
+    workers: int = 0,
+    prefetch: int = 3,
 ) -> EvalLoader:
     """One sequential pass, shared by the ranks.  Arguments and errors as for `build_loader`."""
-    _check(batch, prefetch)
-    decoder = open_decoder(path, split, backend=backend, workers=_workers(workers, dist), say=dist.rank == 0)
-    return EvalLoader(decoder, Geometry(spec), dist=dist, batch=batch, prefetch=prefetch)
+    decoder, ids = _open(path, split, dist, batch, subset, backend, workers, prefetch)
+    return EvalLoader(decoder, Geometry(spec), dist=dist, batch=batch, prefetch=prefetch, ids=ids)
 
 
-def _check(batch: int, prefetch: int) -> None:
+def _open(
+    path: str, split: Split, dist: Dist, batch: int, subset: str, backend: Backend, workers: int, prefetch: int
+) -> tuple[Decoder, np.ndarray | None]:
+    """The decoder, and the ids of the subset (None: all samples)."""
     if batch < 1:
         raise DataError(f"A batch of {batch} images per rank is empty. Set a global batch size of at least one image per rank.")
     if prefetch < 1:
         raise DataError(f"{prefetch} batches cannot be decoded ahead. Set --efficiency.prefetch to at least 1.")
+    decoder = open_decoder(path, split, backend=backend, workers=_workers(workers, dist), device=dist.device, say=dist.rank == 0)
+    if not subset:
+        return decoder, None
+
+    def names() -> Sequence[str] | None:
+        return decoder.samples.names if isinstance(decoder, StoredDecoder) else decoder.files
+
+    return decoder, select(subset, labels=decoder.labels, names=names, classes=decoder.classes, path=decoder.path)
+
+
+def _part(labels: np.ndarray | None, ids: np.ndarray | None) -> np.ndarray | None:
+    return labels if labels is None or ids is None else labels[ids]
 
 
 def _workers(asked: int, dist: Dist) -> int:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from loaders.errors import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-"""Lower-case endings of the files that count as images; the case in a file's name does not matter."""
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Lower-case endings of the files that count as images, torchvision's list; the case in a file's name does not matter."""
 
 
 def scan(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], np.ndarray, list[str]]:
@@ -35,24 +35,31 @@ def scan(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], n
             f"{root} has {len(strange)} class folders that the training set has not: {listed(strange)}. Give both splits the same class "
             "folders, then try again."
         )
-    index = {name: label for label, name in enumerate(classes)}
-    files: list[str] = []
-    labels: list[int] = []
-    empty = []
-    for name in own:
-        before = len(files)
-        for folder, _, found in sorted(os.walk(root / name, followlinks=True)):
-            images = [f for f in sorted(found) if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
-            files += [os.path.relpath(os.path.join(folder, f), root) for f in images]
-        labels += [index[name]] * (len(files) - before)
-        if len(files) == before:
-            empty.append(name)
-    if empty:
+    folders = [(os.path.relpath(folder, root), names) for name in own for folder, _, names in os.walk(root / name, followlinks=True)]
+    files, labels = listing(folders, classes)
+    filled = {classes[label] for label in np.unique(labels)}
+    if empty := [name for name in own if name not in filled]:
         raise DataError(
             f"{len(empty)} class folders of {root} hold no images ({', '.join(e[1:] for e in EXTENSIONS)}): {listed(empty)}. "
             "Fill or remove them, then try again."
         )
-    return files, np.array(labels, np.int64), classes
+    return files, labels, classes
+
+
+def listing(folders: Iterable[tuple[str, Sequence[str]]], classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Images of a tree in ImageFolder's order, and their labels int64 [N].
+
+    folders: path below the root and names of its files, in any order; the first part of the path is the class.  Classes by
+    name; in a class its own files before those of its subfolders; everything by code points, so that 10.jpg precedes 9.jpg.
+    """
+    index = {name: label for label, name in enumerate(classes)}
+    files: list[str] = []
+    labels: list[int] = []
+    for folder, names in sorted(folders, key=lambda f: (f[0].partition("/")[0], f[0])):
+        images = [f for f in sorted(names) if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+        files += [f"{folder}/{f}" for f in images]
+        labels += [index[folder.partition("/")[0]]] * len(images)
+    return files, np.array(labels, np.int64)
 
 
 def listed(items: Sequence[str], at_most: int = 5) -> str:

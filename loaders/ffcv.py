@@ -11,7 +11,6 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +20,8 @@ import numpy as np
 from numba import njit, prange, types
 
 from loaders.beton import RAW
-from loaders.decoder import CORRUPT, OK, OUTSIDE, WRONG_SIZE, BetonDecoder
+from loaders.checksum import crc32, load_u8
+from loaders.decoder import CHECKSUM, CORRUPT, OK, OUTSIDE, WRONG_SIZE, Samples, StoredDecoder
 from loaders.errors import DataError
 
 # int imdecode(source, source_size, height, width, target, crop_height, crop_width, crop_y, crop_x, scale_num, scale_denom,
@@ -71,66 +71,88 @@ def _prefer_own_tbb() -> None:
 
 
 @njit(nogil=True)
-def _jpeg_size(data, start, stop):
-    """Height and width in the frame header of the JPEG data[start:stop]; 0, 0 without one."""
-    if stop - start < 4 or data[start] != 0xFF or data[start + 1] != 0xD8:
+def _at(start, p):
+    return np.int64(load_u8(start + np.uint64(p)))
+
+
+@njit(nogil=True)
+def _jpeg_size(start, size):
+    """Height and width in the frame header of the JPEG of `size` bytes at address `start`; 0, 0 without one."""
+    if size < 4 or _at(start, 0) != 0xFF or _at(start, 1) != 0xD8:
         return 0, 0
-    p = start + 2
-    while p + 9 <= stop:
-        if data[p] != 0xFF:
+    p = 2
+    while p + 9 <= size:
+        if _at(start, p) != 0xFF:
             return 0, 0
-        marker = data[p + 1]
+        marker = _at(start, p + 1)
         if marker == 0xFF:
             p += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # these stand alone
+            p += 2
+        elif marker == 0xD9 or marker == 0xDA:  # the image or its scan, without a frame header
+            return 0, 0
         elif 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:
-            return np.int64(data[p + 5]) << 8 | data[p + 6], np.int64(data[p + 7]) << 8 | data[p + 8]
+            return _at(start, p + 5) << 8 | _at(start, p + 6), _at(start, p + 7) << 8 | _at(start, p + 8)
         else:
-            p += 2 + (np.int64(data[p + 2]) << 8 | data[p + 3])
+            p += 2 + (_at(start, p + 2) << 8 | _at(start, p + 3))
     return 0, 0
 
 
 @njit(nogil=True, parallel=True)
-def _decode(data, ptr, size, raw, ids, heights, widths, offsets, buffer, status):
-    source, target = data.ctypes.data, buffer.ctypes.data
+def _decode(address, size, raw, crcs, unchecked, ids, heights, widths, offsets, buffer, status):
+    target = buffer.ctypes.data
     for b in prange(ids.shape[0]):
-        start, count = np.int64(ptr[ids[b]]), np.int64(size[ids[b]])
+        i = ids[b]
+        start, count = address[i], np.int64(size[i])
         height, width = np.int64(heights[b]), np.int64(widths[b])
-        room = offsets[b] >= 0 and offsets[b] + 3 * height * width <= buffer.shape[0]
-        if start < 0 or count < 0 or start + count > data.shape[0] or not room:
+        check = unchecked.shape[0] > 0 and unchecked[i]
+        if offsets[b] < 0 or offsets[b] + 3 * height * width > buffer.shape[0]:
             status[b] = OUTSIDE
-        elif raw[ids[b]]:
-            if count == 3 * height * width:
-                _memcpy(source + start, target + offsets[b], count)
-                status[b] = OK
-            else:
-                status[b] = WRONG_SIZE
+        elif check and crc32(start, count) != crcs[i]:
+            status[b] = CHECKSUM
         else:
-            # Given a wrong size, the decoder would scale or overrun the target without an error.
-            found_height, found_width = _jpeg_size(data, start, start + count)
-            if found_height != height or found_width != width:
-                status[b] = CORRUPT if found_height == 0 else WRONG_SIZE
-            elif imdecode(source + start, count, height, width, target + offsets[b], height, width, 0, 0, 1, 1, 0, 0) != 0:
-                status[b] = CORRUPT
+            if check:
+                unchecked[i] = False
+            if raw[i]:
+                if count == 3 * height * width:
+                    _memcpy(start, target + np.uint64(offsets[b]), count)
+                    status[b] = OK
+                else:
+                    status[b] = WRONG_SIZE
             else:
-                status[b] = OK
+                # Given a wrong size, the decoder would scale or overrun the target without an error.
+                found_height, found_width = _jpeg_size(start, count)
+                if found_height != height or found_width != width:
+                    status[b] = CORRUPT if found_height == 0 else WRONG_SIZE
+                elif imdecode(start, count, height, width, target + np.uint64(offsets[b]), height, width, 0, 0, 1, 1, 0, 0) != 0:
+                    status[b] = CORRUPT
+                else:
+                    status[b] = OK
 
 
-class FFCVDecoder(BetonDecoder):
-    """Decodes a .beton with FFCV's library in `workers` threads of numba's."""
+class FFCVDecoder(StoredDecoder):
+    """Decodes a stored data set with FFCV's library in `workers` threads of numba's."""
 
     name = "ffcv"
 
-    def __init__(self, path: str | os.PathLike, workers: int) -> None:
+    def __init__(self, samples: Samples, workers: int) -> None:
         if problem := load():
             raise DataError(f"The loader ffcv cannot be used here: {problem}. Run `make setup`, or take --efficiency.loader torchvision.")
-        super().__init__(path)
-        self._data = self.beton.data.view(np.ndarray)
-        self._raw = self.beton.mode == RAW
+        super().__init__(samples)
         self.workers = min(workers, numba.config.NUMBA_NUM_THREADS)
+        self._raw = samples.mode == RAW
+        # Without CRCs the kernel gets empty vectors: an argument of it has one type.
+        known = self.unchecked is not None
+        self._crcs = np.array(samples.crc32 if known else (), np.uint32)
+        self._unchecked = self.unchecked if known else np.empty(0, np.bool_)
 
     def decode_into(self, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray, offsets: np.ndarray, buffer: np.ndarray) -> np.ndarray:
+        samples = self.samples
         status = np.empty(len(ids), np.int32)
         numba.set_num_threads(self.workers)  # of the calling thread only
         with numba.parallel_chunksize(1):  # images differ in size: one at a time to whoever is free
-            _decode(self._data, self.beton.ptr, self.beton.size, self._raw, ids, heights, widths, offsets, buffer, status)
+            _decode(
+                *(samples.address, samples.size, self._raw, self._crcs, self._unchecked),
+                *(ids, heights, widths, offsets, buffer, status),
+            )
         return status

@@ -18,13 +18,51 @@ from loaders.errors import DataError
 
 _TRIES = 10
 # Slots of a (sample, view) in the CROP stream: flip, top, left, then area and ratio of each try.
-_FLIP, _TOP, _LEFT, _FIRST_TRY = 0, 1, 2, 3
-_SLOTS = _FIRST_TRY + 2 * _TRIES
+FLIP, TOP, LEFT, FIRST_TRY = 0, 1, 2, 3
+SLOTS = FIRST_TRY + 2 * _TRIES
+
+
+@njit(nogil=True)
+def _edge(fraction, middle, side):
+    return max(0, min(side, int(np.rint(middle * (side // 2) + fraction * side))))
+
+
+@njit(nogil=True)
+def region_box(edges, middle, height, width):
+    """Top, left, height, width in pixels, at least one, of a region of an image.
+
+    edges: top, left, bottom, right as fractions of its sides, from the top left corner (middle = 0.0) or from the pixel
+    height // 2, width // 2 (middle = 1.0).  Rounded to even as Pillow's crop does.
+    """
+    top, left = min(_edge(edges[0], middle, height), height - 1), min(_edge(edges[1], middle, width), width - 1)
+    return top, left, max(1, _edge(edges[2], middle, height) - top), max(1, _edge(edges[3], middle, width) - left)
+
+
+@njit(nogil=True)
+def random_box(u, height, width, limits):
+    """Top, left, height, width of a box in height x width pixels, by the uniform numbers u [SLOTS] in [0, 1).
+
+    limits: lowest and highest area as a fraction, lowest and highest width / height.
+    """
+    scale_lo, scale_hi, ratio_lo, ratio_hi = limits[0], limits[1], limits[2], limits[3]
+    log_lo, log_hi = math.log(ratio_lo), math.log(ratio_hi)
+    for t in range(_TRIES):
+        area = height * width * (scale_lo + (scale_hi - scale_lo) * u[FIRST_TRY + 2 * t])
+        ratio = math.exp(log_lo + (log_hi - log_lo) * u[FIRST_TRY + 2 * t + 1])
+        w, h = int(np.rint(math.sqrt(area * ratio))), int(np.rint(math.sqrt(area / ratio)))
+        if 0 < w <= width and 0 < h <= height:
+            return int(u[TOP] * (height - h + 1)), int(u[LEFT] * (width - w + 1)), h, w
+    h, w = height, width
+    if width / height < ratio_lo:
+        h = int(np.rint(width / ratio_lo))
+    elif width / height > ratio_hi:
+        w = int(np.rint(height * ratio_hi))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 @njit(nogil=True)
 def _draw(boxes, flips, ids, heights, widths, random, centre, seed, epoch):
-    u = np.empty(_SLOTS)
+    u = np.empty(SLOTS)
     for b in range(ids.shape[0]):
         full_h, full_w = heights[b], widths[b]
         for v in range(random.shape[0]):
@@ -40,35 +78,10 @@ def _draw(boxes, flips, ids, heights, widths, random, centre, seed, epoch):
                 boxes[b, v, 3] = size * across
                 flips[b, v] = False
                 continue
-
-            top0, left0 = int(np.rint(random[v, 0] * full_h)), int(np.rint(random[v, 1] * full_w))
-            top0, left0 = min(top0, full_h - 1), min(left0, full_w - 1)
-            height = max(1, int(np.rint(random[v, 2] * full_h)) - top0)
-            width = max(1, int(np.rint(random[v, 3] * full_w)) - left0)
-            scale_lo, scale_hi, ratio_lo, ratio_hi = random[v, 4], random[v, 5], random[v, 6], random[v, 7]
-            log_lo, log_hi = math.log(ratio_lo), math.log(ratio_hi)
-
+            top0, left0, height, width = region_box(random[v, 0:4], random[v, 9], full_h, full_w)
             fill_uniform(u, seed, CROP, epoch, ids[b], v)
-            flips[b, v] = u[_FLIP] < random[v, 8]
-            found = False
-            h, w = 0, 0
-            for t in range(_TRIES):
-                area = height * width * (scale_lo + (scale_hi - scale_lo) * u[_FIRST_TRY + 2 * t])
-                ratio = math.exp(log_lo + (log_hi - log_lo) * u[_FIRST_TRY + 2 * t + 1])
-                w, h = int(np.rint(math.sqrt(area * ratio))), int(np.rint(math.sqrt(area / ratio)))
-                if 0 < w <= width and 0 < h <= height:
-                    found = True
-                    break
-            if found:
-                top = int(u[_TOP] * (height - h + 1))
-                left = int(u[_LEFT] * (width - w + 1))
-            else:
-                w, h = width, height
-                if width / height < ratio_lo:
-                    h = int(np.rint(width / ratio_lo))
-                elif width / height > ratio_hi:
-                    w = int(np.rint(height * ratio_hi))
-                top, left = (height - h) // 2, (width - w) // 2
+            flips[b, v] = u[FLIP] < random[v, 8]
+            top, left, h, w = random_box(u, height, width, random[v, 4:8])
             boxes[b, v, 0] = top0 + top
             boxes[b, v, 1] = left0 + left
             boxes[b, v, 2] = h
@@ -80,8 +93,8 @@ class Geometry:
 
     def __init__(self, spec: ViewSpec, seed: int = 0) -> None:
         self.seed = seed
-        # Columns: region (top, left, bottom, right), scale, ratio, flip.
-        self._random = np.zeros((len(spec), 9))
+        # Columns: region (top, left, bottom, right), scale, ratio, flip, whether the region counts from the middle.
+        self._random = np.zeros((len(spec), 10))
         self._random[:, 2:8] = 1
         self._centre = np.zeros((len(spec), 2), np.int64)
         for v, view in enumerate(spec):
@@ -94,7 +107,7 @@ class Geometry:
                     )
                 self._centre[v] = crop.size, crop.resize
             else:
-                self._random[v] = *crop.region, *crop.scale, *crop.ratio, crop.flip
+                self._random[v] = *crop.region, *crop.scale, *crop.ratio, crop.flip, crop.region_from == "middle"
 
     def draw(self, ids: np.ndarray, epoch: int, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int64 [B] sample ids, int32 [B] sizes -> boxes float32 [B, V, 4] (top, left, height, width in source pixels; whole

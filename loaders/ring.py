@@ -2,7 +2,8 @@
 
 With CUDA the buffers are pinned and the same thread copies them to the device on a stream of its own.  A buffer is written
 again only after the thread has waited, on the host, for the event of its last copy: waiting on a stream would order the
-device's work only, and the decoder does not run there.
+device's work only, and the decoder does not run there.  A decoder that works on the device writes into the batch's own
+memory there, on that same stream, and needs no pinned pixels.
 """
 
 from __future__ import annotations
@@ -118,11 +119,18 @@ class Ring:
             self._ready.put(error)
 
     def _run(self) -> None:
-        for job in self._jobs:
+        jobs = iter(self._jobs)
+        job = next(jobs, None)
+        while job is not None:
             slot = self._free.get()
             if slot is None or self._closed.is_set():
                 return
+            following = next(jobs, None)
+            if following is not None:
+                # A cold disk fetches the next batch while this one is decoded.
+                self._decoder.will_need(following.ids)
             self._ready.put((self._fill(slot, job), slot))
+            job = following
 
     def _fill(self, slot: _Slot, job: Job) -> ImageBatch:
         ids = job.ids
@@ -137,18 +145,7 @@ class Ring:
             slot.copied.synchronize()
         if total > self._capacity:
             self._capacity = math.ceil(total * 1.15 / 2**20) * 2**20  # batches differ: leave room for the largest
-        if slot.pixels.numel() < total:
-            slot.pixels = torch.empty(self._capacity, dtype=torch.uint8, pin_memory=self._cuda)
-        status = self._decoder.decode_into(ids, heights, widths, offsets, slot.pixels.numpy())
-        if (status != OK).any():
-            worst = int(np.argmax(status != OK))
-            raise self._decoder.error(int(ids[worst]), int(status[worst]))
-
-        pixels = slot.pixels
-        if self._cuda:
-            # Always the whole capacity: equal sizes keep torch's allocator from fragmenting.
-            pixels = torch.empty(self._capacity, dtype=torch.uint8, device=self._device)
-            pixels[:total].copy_(slot.pixels[:total], non_blocking=True)
+        pixels = self._decode(slot, ids, heights, widths, offsets, total)
         labels = self._decoder.labels
         small = [offsets, heights, widths, 3 * widths, ids, boxes, flips] + ([] if labels is None else [labels[ids]])
         offset, height, width, pitch, index, box, flip, *label = self._pack(slot, small)
@@ -160,6 +157,28 @@ class Ring:
             step=job.step,
             max_hw=(int(heights.max()), int(widths.max())),
         )
+
+    def _decode(self, slot: _Slot, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray, offsets: np.ndarray, total: int) -> Tensor:
+        """The decoded images, `total` bytes with their gaps, in one uint8 vector on the device; raises the error of a bad sample."""
+        on_device = self._decoder.on_device
+        if on_device:
+            pixels = self._device_memory()
+        else:
+            if slot.pixels.numel() < total:
+                slot.pixels = torch.empty(self._capacity, dtype=torch.uint8, pin_memory=self._cuda)
+            pixels = slot.pixels
+        status = self._decoder.decode_into(ids, heights, widths, offsets, pixels if on_device else pixels.numpy())
+        if (status != OK).any():
+            worst = int(np.argmax(status != OK))
+            raise self._decoder.error(int(ids[worst]), int(status[worst]))
+        if self._cuda and not on_device:
+            pixels = self._device_memory()
+            pixels[:total].copy_(slot.pixels[:total], non_blocking=True)
+        return pixels
+
+    def _device_memory(self) -> Tensor:
+        # Always the whole capacity: equal sizes keep torch's allocator from fragmenting.
+        return torch.empty(self._capacity, dtype=torch.uint8, device=self._device)
 
     def _pack(self, slot: _Slot, arrays: list[np.ndarray]) -> list[Tensor]:
         """The arrays as tensors on the device, by way of one buffer and one copy."""

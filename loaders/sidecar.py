@@ -1,7 +1,7 @@
-"""FILE.json next to a .beton: what FFCV's format has no room for, and the checksums that notice a changed table.
+"""A JSON file next to a .beton or a set of shards: what their formats have no room for, and the checksums that notice a change.
 
-Class and sample names, source and options of the conversion; bytes, height, width and CRC-32 of every sample; SHA-256 of
-header, labels and tables.  One JSON file; per-sample columns are compressed, about 15 bytes a sample (20 MB for ImageNet).
+Class and sample names, source and options of the conversion; bytes, height, width and CRC-32 of every sample; SHA-256 sums
+of the tables it belongs to and of itself.  Per-sample columns are compressed, about 15 bytes a sample (20 MB for ImageNet).
 """
 
 from __future__ import annotations
@@ -18,72 +18,79 @@ import numpy as np
 
 from loaders.errors import DataError
 
-VERSION = 1
+VERSION = 2
 _KEYS = {"num_samples", "source", "options", "sha256", "classes", "names", "bytes", "height", "width", "crc32"}
+_OWN_SUM = "sha256_of_the_rest"
 
 
 def sidecar_path(beton: Path) -> Path:
     return beton.with_name(beton.name + ".json")
 
 
-def convert_again(beton: Path, source: object = None) -> str:
-    """The next step of an error: the command that makes the .beton anew from the folder it was made of."""
+def convert_again(data: Path, source: object = None) -> str:
+    """The next step of an error: the command that makes SPLIT.beton or shards (SPLIT.json) anew from what they were made of."""
     folder = Path(source) if isinstance(source, str) and source else Path("DIR")
-    root = folder.parent if folder.name == beton.stem else folder
-    return f"Convert again with: python -m convert.imagenet --source {root} --out {beton.parent} --overwrite"
+    root = folder.parent if folder.name == data.stem else folder
+    shards = " --format webdataset" if data.suffix == ".json" else ""
+    return f"Convert again with: python -m convert.imagenet --source {root} --out {data.parent}{shards} --overwrite"
 
 
-def checksums(head: Iterable[np.ndarray], labels: Iterable[np.ndarray], tables: Iterable[np.ndarray]) -> dict[str, str]:
-    """SHA-256 of each group of contiguous arrays.  The tables hold the labels too; a sum of their own names the culprit."""
-    sums = {}
-    for name, parts in (("header", head), ("labels", labels), ("tables", tables)):
-        digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part.view(np.uint8))
-        sums[name] = digest.hexdigest()
-    return sums
+def sha256(parts: Iterable[np.ndarray | bytes]) -> str:
+    """Of contiguous arrays or bytes, one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.view(np.uint8) if isinstance(part, np.ndarray) else part)
+    return digest.hexdigest()
+
+
+def _own_sum(content: Mapping) -> str:
+    """Of everything in the sidecar but this sum, whatever the white space."""
+    return sha256([json.dumps({k: v for k, v in content.items() if k != _OWN_SUM}).encode()])
 
 
 @dataclass(frozen=True)
 class Sidecar:
     """An open sidecar."""
 
-    beton: Path
+    path: Path
+    data: Path
+    """What it describes: the .beton, or for shards itself."""
     content: Mapping
 
     @classmethod
-    def load(cls, beton: Path) -> Sidecar | None:
-        """The sidecar of a .beton, or None where there is none.  Raises DataError for one that is damaged."""
-        path = sidecar_path(beton)
+    def load(cls, path: Path, data: Path) -> Sidecar | None:
+        """The sidecar of `data` at `path`, or None where there is none.  Raises DataError for one that is damaged."""
         if not path.exists():
             return None
         try:
             content = json.loads(path.read_text())
-            version, sums, source = content["version"], content.get("sha256"), content.get("source")
+            version, source = content["version"], content.get("source")
         except (OSError, ValueError, TypeError, KeyError) as e:
-            raise DataError(f"{path}, the sidecar of {beton.name}, cannot be read ({e}). {convert_again(beton)}") from e
+            raise DataError(f"{path}, with names and checksums, cannot be read ({e}). {convert_again(data)}") from e
         if version != VERSION:
-            raise DataError(f"{path} is a sidecar of another version (found {version}, expected {VERSION}). {convert_again(beton, source)}")
-        if absent := _KEYS - content.keys():
-            raise DataError(f"{path} is incomplete: it lacks {', '.join(sorted(absent))}. {convert_again(beton, source)}")
-        if not isinstance(sums, dict):
-            raise DataError(f"{path} is damaged: its checksums are no table. {convert_again(beton, source)}")
-        return cls(beton, content)
+            raise DataError(f"{path} is a sidecar of another version (found {version}, expected {VERSION}). {convert_again(data, source)}")
+        if content.get(_OWN_SUM) != _own_sum(content) or _KEYS - content.keys():
+            # Its source may be what changed.
+            raise DataError(f"{path} is damaged: it is not as it was written. {convert_again(data)}")
+        return cls(path, data, content)
 
     @property
     def again(self) -> str:
-        return convert_again(self.beton, self.content["source"])
+        return convert_again(self.data, self.content["source"])
 
     def check(self, num_samples: int, sums: Mapping[str, str]) -> None:
-        """Raise DataError unless the .beton is the one this sidecar was written for."""
+        """Raise DataError unless the data is what this sidecar was written for."""
         changed = [name for name, value in sums.items() if self.content["sha256"].get(name) != value]
         if self.content["num_samples"] != num_samples:
             changed.append("number of samples")
         if changed:
-            path = sidecar_path(self.beton)
+            if self.path == self.data:
+                subject, remedy = f"The set of shards of {self.path} is", ""
+            else:
+                remedy = f" (If another program wrote {self.data.name} since, delete {self.path.name} instead.)"
+                subject = f"{self.data} is"
             raise DataError(
-                f"{self.beton} is not as it was written: checksums in {path.name} differ for {', '.join(changed)}. {self.again} "
-                f"(If another program wrote {self.beton.name} since, delete {path.name} instead.)"
+                f"{subject} not as it was written: checksums in {self.path.name} differ for {', '.join(changed)}. {self.again}{remedy}"
             )
 
     def names(self) -> list[str]:
@@ -94,10 +101,7 @@ class Sidecar:
         return np.frombuffer(self._unpack(key), dtype)
 
     def _unpack(self, key: str) -> bytes:
-        try:
-            return zlib.decompress(base64.b64decode(self.content[key]))
-        except (ValueError, TypeError, zlib.error) as e:
-            raise DataError(f"{sidecar_path(self.beton)} is damaged: {key} cannot be unpacked ({e}). {self.again}") from e
+        return zlib.decompress(base64.b64decode(self.content[key]))
 
 
 def dump(
@@ -109,8 +113,10 @@ def dump(
     names: Sequence[str],
     sums: Mapping[str, str],
     columns: Mapping[str, np.ndarray],
+    **own: object,
 ) -> None:
-    """Write a sidecar to an open text file.  `columns`: bytes <u4, height and width <u2, crc32 <u4, each [N]."""
+    """Write a sidecar to an open binary file.  `columns`: bytes <u4, height and width <u2, crc32 <u4, each [N], and others;
+    `own`: what only this kind of data set has."""
 
     def pack(raw: bytes) -> str:
         return base64.b64encode(zlib.compress(raw)).decode()
@@ -122,8 +128,11 @@ def dump(
         "options": dict(options),
         "sha256": dict(sums),
         "classes": None if classes is None else list(classes),
-        "packing": "base64(zlib(x)); names: joined by NUL; bytes, crc32: <u4 each; height, width: <u2 each",
+        **own,
+        "packing": "base64(zlib(x)); names: joined by NUL; bytes, crc32: <u4 each; height, width: <u2 each; label: <i8 each",
         "names": pack("\0".join(names).encode("utf-8", "surrogateescape")),
         **{key: pack(column.tobytes()) for key, column in columns.items()},
     }
-    json.dump(content, file, indent=1)
+    # As it will be read: a tuple among the options comes back as a list.
+    content = json.loads(json.dumps(content))
+    file.write(json.dumps(content | {_OWN_SUM: _own_sum(content)}, indent=1).encode())

@@ -1,8 +1,7 @@
-"""Back end `torchvision`: `torchvision.io.decode_jpeg` over the bytes of a .beton, in threads; needs neither FFCV nor a compiler."""
+"""Back end `torchvision`: `torchvision.io.decode_jpeg` over stored bytes, in threads; needs neither FFCV nor a compiler."""
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from loaders.beton import RAW
-from loaders.decoder import CORRUPT, OK, WRONG_SIZE, BetonDecoder
+from loaders.decoder import CHECKSUM, CORRUPT, OK, WRONG_SIZE, Samples, StoredDecoder
 
 
 def decode_rgb(encoded: np.ndarray, height: int, width: int, out: np.ndarray) -> int:
@@ -26,22 +25,24 @@ def decode_rgb(encoded: np.ndarray, height: int, width: int, out: np.ndarray) ->
     return OK
 
 
-class TorchvisionDecoder(BetonDecoder):
-    """Decodes a .beton in a pool of `workers` threads."""
+class TorchvisionDecoder(StoredDecoder):
+    """Decodes a stored data set in a pool of `workers` threads."""
 
     name = "torchvision"
 
-    def __init__(self, path: str | os.PathLike, workers: int) -> None:
-        super().__init__(path)
+    def __init__(self, samples: Samples, workers: int) -> None:
+        super().__init__(samples)
         self.workers = workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fastssl-decode")
 
     def decode_into(self, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray, offsets: np.ndarray, buffer: np.ndarray) -> np.ndarray:
         def one(b: int) -> int:
             sample, height, width = int(ids[b]), int(heights[b]), int(widths[b])
+            if not self.verify(sample):
+                return CHECKSUM
             out = buffer[offsets[b] : offsets[b] + 3 * height * width]
-            stored = self.beton.sample(sample)
-            if self.beton.mode[sample] == RAW:
+            stored = self.samples.sample(sample)
+            if self.samples.mode[sample] == RAW:
                 np.copyto(out, stored)
                 return OK
             # torch wants writable memory, and the file is mapped read-only.

@@ -18,9 +18,9 @@ import time
 import zlib
 from pathlib import Path
 
-from convert.imagenet import scan
 from convert.tiles import write_tiles
 from fastssl.presets import PRESETS
+from loaders.class_folders import scan
 from loaders.errors import DataError
 
 PRESET = "lewel_mini"
@@ -59,11 +59,11 @@ def sample(source: Path, out: Path) -> Path:
 
 def by_class(folder: Path) -> dict[str, list[str]]:
     """Image paths below `folder` of each class, in the order of their hashes."""
-    found = scan(folder, DATA)
-    classes: dict[str, list[str]] = {c: [] for c in found.classes}
-    for name, label in zip(found.names, found.labels, strict=True):
-        classes[found.classes[label]].append(name)
-    return {c: sorted(names, key=lambda n: zlib.crc32(n.encode())) for c, names in classes.items()}
+    found, labels, classes = scan(folder)
+    files: dict[str, list[str]] = {c: [] for c in classes}
+    for name, label in zip(found, labels, strict=True):
+        files[classes[label]].append(name)
+    return {c: sorted(names, key=lambda n: zlib.crc32(n.encode())) for c, names in files.items()}
 
 
 def run(title: str, *words: str, quiet: bool = False) -> None:

@@ -1,140 +1,275 @@
-"""How fast does the loader decode, and how far is that from the JPEG library alone?
+"""How fast does the loader decode, how far is that from the bare libraries, and what do other loaders cost for the same images?
 
-Three things take turns on the same samples of one .beton with the same number of threads: the whole loader with the ffcv
-back end (order, sizes, geometry, ring), the same with torchvision, and a bare loop over libjpeg-turbo with ffcv's flags.
+Every back end that can be used here, on every stored form of the images, warm and cold, next to the bare decoder or memcpy
+with the same number of threads; then three loaders of others that cut 2x224 + 6x96 views per source image.  All of it takes
+turns, round after round; medians are reported.  Ours delivers whole decoded images and the boxes of all views (the crops are
+made on the device), theirs deliver crops: what is compared is the CPU time that a source image costs the loader.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import platform
+import shlex
+import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from statistics import median
+from typing import get_args
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
 
-from fastssl.views import byol_asymmetric
-from loaders import ffcv
-from loaders.beton import JPEG, Beton
-from loaders.build import TrainLoader, build_loader
+from fastssl.bench import pagecache, recipe, report, yardsticks
+from fastssl.bench.ceiling import Ceiling, ceiling
+from fastssl.bench.clock import Rate, clock, cpu_seconds, settle
+from fastssl.bench.data import CACHE, Material, Variant, measured_ids, prepare, stock
+from fastssl.bench.yardsticks import Failed, Yardstick
+from loaders.beton import RAW
+from loaders.decoder import Samples, StoredDecoder
 from loaders.errors import DataError
+from loaders.geometry import Geometry
+from loaders.open import Backend, open_decoder
 from loaders.order import Order
+from loaders.ring import Job, Ring
+
+PREFETCH = 3
+"""Batches decoded ahead, as in training."""
+_SLOW = 3
+"""Times the seconds of a measurement that a yardstick gets: it yields a tenth of the images."""
+_MOST_THREADS = 12
+"""As in training."""
 
 
-@dataclass(frozen=True)
-class _OneProcess:
+@dataclass
+class Loader:
+    """One back end on one stored form."""
+
+    decoder: StoredDecoder
+    ids: np.ndarray
+    batch: int
     device: torch.device
-    rank: int = 0
-    world: int = 1
-    local_world: int = 1
+    warm: list[Rate] = field(default_factory=list)
+    cold: list[Rate] = field(default_factory=list)
+    again: list[Rate] = field(default_factory=list)
+    """The same pass as `cold` right after it: from memory."""
+
+    def _ring(self, jobs: Iterator[Job]) -> Ring:
+        return Ring(self.decoder, Geometry(recipe.spec()), jobs, self.device, PREFETCH)
+
+    def endless(self, seconds: float) -> Rate:
+        """In the middle of training: as many batches as `seconds` allow, in the loader's order."""
+        order = Order(len(self.ids), self.batch, 0)
+        jobs = (Job(self.ids[order.ids(s)], order.epoch(s), s) for s in count())
+        with closing(self._ring(jobs)) as ring:
+            for _ in range(PREFETCH):  # decoded ahead of the clock
+                ring.get()
+            rate = clock(ring.get, self.batch, seconds)
+        settle()
+        return rate
+
+    def one_pass(self, seconds: float, epoch: int) -> Rate:
+        """From nothing: every sample once in random order, or as many as `seconds` allow; the first wait counts."""
+        order = Order(len(self.ids), self.batch, epoch)
+        jobs = (Job(self.ids[order.ids(s)], 0, s) for s in range(order.steps_per_epoch))
+        start, cpu, images = time.perf_counter(), cpu_seconds(), 0
+        with closing(self._ring(jobs)) as ring:
+            while time.perf_counter() - start < seconds and (batch := ring.get()) is not None:
+                images += len(batch)
+            elapsed, used = time.perf_counter() - start, cpu_seconds() - cpu
+        settle()
+        return Rate(images / elapsed, 1e3 * used / images)
 
 
-@njit(nogil=True, parallel=True)
-def _decode_bare(data, ptr, size, ids, heights, widths, scratch):
-    """Every JPEG into its thread's own scratch row: no batch is kept, nothing is checked."""
-    source, target = data.ctypes.data, scratch.ctypes.data
-    for b in prange(ids.shape[0]):
-        i = ids[b]
-        row = target + numba.get_thread_id() * scratch.shape[1]
-        ffcv.imdecode(source + ptr[i], size[i], heights[i], widths[i], row, heights[i], widths[i], 0, 0, 1, 1, 0, 0)
+@dataclass
+class Measured:
+    """One stored form of the images, and all that is measured on it."""
+
+    variant: Variant
+    samples: Samples
+    ids: np.ndarray
+    batch: int
+    loaders: dict[str, Loader]
+    ceiling: Ceiling | str
+    """Or why there is none."""
+    bare: list[Rate] = field(default_factory=list)
+    resident: list[float] = field(default_factory=list)
+    """Share of the files still in memory after each eviction."""
+
+    def files(self) -> list[Path]:
+        return sorted({self.samples.file(int(i)) for i in self.ids})
 
 
-class _Bare:
-    """The ceiling: batches of the loader's order through `_decode_bare`."""
-
-    def __init__(self, beton: Beton, batch: int, workers: int) -> None:
-        self._beton, self._workers = beton, workers
-        self._data = beton.data.view(np.ndarray)
-        self._order = Order(len(beton), batch)
-        largest = int((3 * beton.height.astype(np.int64) * beton.width).max())
-        self._scratch = np.empty((numba.config.NUMBA_NUM_THREADS, largest), np.uint8)
-        self._step = count()
-
-    def one_batch(self) -> None:
-        numba.set_num_threads(self._workers)
-        ids, b = self._order.ids(next(self._step)), self._beton
-        with numba.parallel_chunksize(1):
-            _decode_bare(self._data, b.ptr, b.size, ids, b.height, b.width, self._scratch)
-
-
-def _measure(one_batch: Callable[[], object], batch: int, seconds: float) -> tuple[float, float]:
-    """Images per second, and milliseconds of CPU time (of all threads) per image, after one batch of warm-up."""
-    one_batch()
-    start, cpu, images = time.perf_counter(), time.process_time(), 0
-    while (elapsed := time.perf_counter() - start) < seconds:
-        one_batch()
-        images += batch
-    return images / elapsed, 1e3 * (time.process_time() - cpu) / images
+def open_all(variant: Variant, batch: int, threads: int, device: torch.device, unusable: dict[str, str]) -> Measured:
+    """Every back end that can be used, on one stored form; why the others cannot is added to `unusable`."""
+    loaders, decoders = {}, {}
+    for name in get_args(Backend):
+        if name in ("auto", "folder"):  # auto is one of the others; folder reads no stored data
+            continue
+        try:
+            decoders[name] = open_decoder(str(variant.path), "train", backend=name, workers=threads, device=device, say=False)
+        except DataError as error:
+            unusable[name] = str(error)
+    if not decoders:
+        raise DataError(f"No back end can read {variant.path}. {next(iter(unusable.values()))}")
+    samples = next(iter(decoders.values())).samples
+    ids = measured_ids(samples)
+    batch = min(batch, len(ids))
+    for name, decoder in decoders.items():
+        loaders[name] = Loader(decoder, ids, batch, device)
+    return Measured(variant, samples, ids, batch, loaders, ceiling(samples, ids, batch, threads))
 
 
-def _through_loader(loader: TrainLoader, batch: int, seconds: float, prefetch: int) -> tuple[float, float]:
-    with closing(loader.from_step(0)) as batches:
-        for _ in range(prefetch):  # decoded ahead of the clock
-            next(batches)
-        return _measure(lambda: next(batches), batch, seconds)
+def warm_up(form: Measured, seconds: float) -> None:
+    """Kernels compiled, pages and buffers in memory, checksums compared: nothing of that is measured."""
+    for loader in form.loaders.values():
+        loader.one_pass(10 * seconds, 0)
+    if isinstance(form.ceiling, Ceiling):
+        form.ceiling.one_batch()
 
 
-def bench(path: str, batch: int = 256, seconds: float = 10.0, repeats: int = 5, workers: int = 0, out: str = "") -> None:
-    """Images per second from a .beton: ffcv and torchvision through the whole loader, and bare libjpeg-turbo.
+def one_round(form: Measured, seconds: float, number: int) -> None:
+    """Back ends and ceiling in turn, then each back end from the disk."""
+    for loader in form.loaders.values():
+        loader.warm.append(loader.endless(seconds))
+    if isinstance(form.ceiling, Ceiling):
+        form.bare.append(clock(form.ceiling.one_batch, form.batch, seconds))
+    for loader in form.loaders.values():
+        for file in form.files():
+            pagecache.evict(file)
+        form.resident.append(max(pagecache.resident(file) for file in form.files()))
+        # One permutation for both, another in each round.
+        loader.cold.append(loader.one_pass(10 * seconds, number))
+        loader.again.append(loader.one_pass(10 * seconds, number))
+
+
+@dataclass
+class Asked:
+    """A yardstick with one number of workers."""
+
+    name: str
+    workers: int
+    rates: list[Rate] = field(default_factory=list)
+
+
+class Yardsticks:
+    """Those that can be measured here, and why the others cannot."""
+
+    def __init__(self, names: tuple[str, ...], folder: Path | None, threads: int, stack: ExitStack, say: Callable[[str], None]) -> None:
+        self.failed: dict[str, str] = dict.fromkeys(names, "the data set holds no JPEGs") if folder is None else {}
+        self.startup: dict[str, float] = {}
+        self.asked = []
+        self._running = {name: stack.enter_context(closing(Yardstick(name, folder, threads))) for name in names if folder is not None}
+        for name, yardstick in self._running.items():
+            say(f"starting {yardsticks.TITLES[name]}")
+            try:
+                self.startup[name] = yardstick.ready()
+            except Failed as error:
+                self.failed[name] = str(error)
+                continue
+            counts = yardsticks.sweep(threads) if name == "pillow" else [threads]
+            self.asked += [Asked(name, workers) for workers in counts]
+
+    def one_round(self, seconds: float) -> None:
+        for asked in self.asked:
+            try:
+                asked.rates.append(self._running[asked.name].measure(_SLOW * seconds, asked.workers))
+            except Failed as error:
+                self.failed[asked.name] = str(error)
+        self.asked = [asked for asked in self.asked if asked.name not in self.failed]
+
+
+def measure(
+    material: Material,
+    *,
+    seconds: float,
+    rounds: int,
+    batch: int,
+    threads: int,
+    others: tuple[str, ...] = tuple(yardsticks.TITLES),
+    say: Callable[[str], None] = lambda message: None,
+) -> dict:
+    """All rounds; -> the result as it is written to JSON (`report.result`).  `others`: the yardsticks to measure."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    unusable: dict[str, str] = {}
+    with ExitStack() as stack:
+        forms = [open_all(variant, batch, threads, device, unusable) for variant in material.variants]
+        theirs = Yardsticks(others, stack.enter_context(stock(forms[0].samples)), threads, stack, say)
+        for form in forms:
+            say(f"warming up on {form.variant.name}")
+            warm_up(form, seconds)
+        for number in range(1, rounds + 1):
+            say(f"round {number} of {rounds}")
+            for form in forms:
+                one_round(form, seconds, number)
+            theirs.one_round(seconds)
+    return report.result(
+        origin=material.origin,
+        forms=[describe(form, threads) for form in forms],
+        unusable=unusable,
+        yardsticks=[report.yardstick(a.name, a.workers, a.rates, theirs.startup[a.name]) for a in theirs.asked],
+        failed=theirs.failed,
+        setting={"rounds": rounds, "seconds": seconds, "threads": threads, "device": str(device), "views": recipe.VIEWS},
+    )
+
+
+def describe(form: Measured, threads: int) -> dict:
+    """The numbers of one stored form."""
+    bytes_, pixels = form.samples.size[form.ids], form.samples.height[form.ids].astype(np.int64) * form.samples.width[form.ids]
+    mean_bytes = float(bytes_.mean())
+    dropped = max(form.resident) <= pagecache.DROPPED
+    bare = report.series(form.bare, threads) if form.bare else None
+    backends = {}
+    for name, loader in form.loaders.items():
+        warm = report.series(loader.warm, threads)
+        warm["share_of_ceiling"] = warm["images_per_s"] / bare["images_per_s"] if bare else None
+        backends[name] = {"warm": warm, "cold": report.cold(loader.cold, loader.again, mean_bytes, threads) if dropped else None}
+    raw = form.samples.mode[form.ids] == RAW
+    return {
+        "name": form.variant.name,
+        "file": form.samples.path.name,
+        "kind": "raw" if raw.all() else "mixed" if raw.any() else "jpeg",
+        "samples": len(form.ids),
+        "batch": form.batch,
+        "mean_kb": mean_bytes / 1e3,
+        "mean_megapixels": float(pixels.mean()) / 1e6,
+        "backends": backends,
+        "ceiling": {"what": form.ceiling.what, **bare} if bare else None,
+        "no_ceiling": form.ceiling if isinstance(form.ceiling, str) else None,
+        "page_cache": {"how": pagecache.HOW, "resident_share_after": max(form.resident), "dropped": dropped},
+    }
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def bench(path: str = "", out: Path = CACHE, seconds: float = 1.0, rounds: int = 5, batch: int = 256, workers: int = 0) -> None:
+    """Images per second and CPU time per image of every back end, its ceiling, and three loaders of others.
 
     Args:
-        path: A .beton, or a folder with train.beton.
+        path: A .beton, or a folder with train.beton; default: the ImageNet sample of FASTSSL_DATA, else the demo's photograph tiles.
+        out: Folder for loader_<cores>cores_<cpu>.json and .png, or the .json file itself.
+        seconds: Time of one measurement; the yardsticks take three times that.
+        rounds: Turns that everything takes; medians are reported.
         batch: Images per batch.
-        seconds: Time for each of the three, all rounds together.
-        repeats: Rounds; the three take turns in each, and medians are reported.
         workers: Decoder threads; 0: all cores, at most 12.
-        out: Write the numbers to this JSON file as well.
     """
-    dist, prefetch = _OneProcess(torch.device("cuda" if torch.cuda.is_available() else "cpu")), 3
-    if problem := ffcv.load():
-        raise DataError(f"The loader bench compares with FFCV's decoder, which cannot be used: {problem}. Run `make setup`.")
-    loaders = {
-        name: build_loader(path, "train", byol_asymmetric(), dist=dist, batch=batch, backend=name, workers=workers, prefetch=prefetch)
-        for name in ("ffcv", "torchvision")
+    if seconds <= 0 or rounds < 1 or batch < 1 or workers < 0:
+        raise DataError("Nothing would be measured. Give --seconds above 0, --rounds and --batch of at least 1, --workers of at least 0.")
+    cores = len(os.sched_getaffinity(0))
+    threads = min(workers or min(cores, _MOST_THREADS), cores)
+    file = report.file(out)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _say("preparing the images")
+    material = prepare(path)
+    command = f"python -m fastssl.bench loader --seconds {seconds:g} --rounds {rounds} --batch {batch} --workers {workers}"
+    result = {
+        "command": command + (f" --path {shlex.quote(path)}" if path else ""),
+        **measure(material, seconds=seconds, rounds=rounds, batch=batch, threads=threads, say=_say),
     }
-    threads = loaders["ffcv"].workers
-    beton = Beton.open(loaders["ffcv"].path)
-    if (beton.mode != JPEG).any():
-        raise DataError(f"{beton.path} holds raw images, which bare JPEG decoding cannot be measured on. Give a .beton of JPEGs.")
-    bare = _Bare(beton, batch, threads)
-
-    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in ("ffcv", "torchvision", "bare")}
-    for _ in range(repeats):
-        for name, loader in loaders.items():
-            rounds[name].append(_through_loader(loader, batch, seconds / repeats, prefetch))
-        rounds["bare"].append(_measure(bare.one_batch, batch, seconds / repeats))
-    rates = {name: [rate for rate, _ in measured] for name, measured in rounds.items()}
-    rate = {name: median(values) for name, values in rates.items()}
-    cpu_ms = {name: median(ms for _, ms in measured) for name, measured in rounds.items()}
-
-    print(f"{beton.path}: {len(beton):,} JPEGs, batch {batch}, {threads} threads; medians of {repeats} alternating rounds")
-    print(f"  {'':32}{'images/s':>9}  {'lowest - highest':>17}  {'of bare':>8}  {'CPU ms/image':>12}")
-    for name, label in {"ffcv": "loader, ffcv", "torchvision": "loader, torchvision", "bare": "bare libjpeg-turbo, same flags"}.items():
-        spread = f"{min(rates[name]):,.0f} - {max(rates[name]):,.0f}"
-        print(f"  {label:32}{rate[name]:9,.0f}  {spread:>17}  {rate[name] / rate['bare']:8.1%}  {cpu_ms[name]:12.2f}")
-    if out:
-        result = {
-            "file": beton.path.name,
-            "images": len(beton),
-            "mean_kb": float(beton.size.mean()) / 1e3,
-            "mean_megapixels": float((beton.height.astype(np.int64) * beton.width).mean()) / 1e6,
-            "batch": batch,
-            "threads": threads,
-            "cores": len(os.sched_getaffinity(0)),
-            "device": str(dist.device),
-            "machine": platform.processor() or platform.machine(),
-            "images_per_second": rates,
-            "median": rate,
-            "cpu_ms_per_image": cpu_ms,
-            "ffcv_of_bare": rate["ffcv"] / rate["bare"],
-        }
-        Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    report.write(result, file)
+    print(report.table(result))
+    print(f"\n{file}\n{file.with_suffix('.png')}")

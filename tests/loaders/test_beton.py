@@ -1,9 +1,13 @@
 """The .beton format: our files in stock FFCV, stock FFCV's files in ours, and every way a file can be broken."""
 
+import ctypes
 import io
 import json
+import mmap
+import os
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -91,6 +95,20 @@ def test_same_samples_give_the_same_bytes(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_fewer_samples_than_promised(tmp_path):
+    for promised in (2, 5):
+        with BetonWriter(tmp_path / f"{promised}.beton", promised, page_size=1 << 13) as writer:
+            for label in range(2):
+                writer.append(jpeg(picture(8, 9, label)), JPEG, 8, 9, label)
+            writer.finish(["a", "b"])
+    few, exact = (Beton.open(tmp_path / f"{n}.beton") for n in (5, 2))
+    assert [few.sample(i).tobytes() for i in range(2)] == [exact.sample(i).tobytes() for i in range(2)]
+    assert len(few) == 2 and few.label.tolist() == [0, 1] and few.names == ["a", "b"] and few.crc32.tolist() == exact.crc32.tolist()
+    with pytest.raises(IndexError), BetonWriter(tmp_path / "x.beton", 1) as writer:
+        for _ in range(2):
+            writer.append(b"abc", JPEG, 1, 1, 0)
+
+
 def test_names_of_any_bytes(tmp_path):
     names = ["a b/ünï,\n.jpg", "c/\udcff.jpg"]  # a line break; a byte that is no UTF-8
     with BetonWriter(tmp_path / "x.beton", 2) as writer:
@@ -127,6 +145,7 @@ def test_stock_ffcv_reads_our_file(tmp_path):
 
 STOCK = """
 import sys
+import time
 from pathlib import Path
 import numpy as np
 from ffcv.fields import BytesField, FloatField, IntField, RGBImageField
@@ -309,9 +328,10 @@ def test_sidecar_of_another_file(beton, tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda s: s | {"version": 99}, r"another version \(found 99, expected 1\)"),
-        (lambda s: {k: v for k, v in s.items() if k != "names"}, "lacks names"),
-        (lambda s: s | {"sha256": 3}, "checksums are no table"),
+        (lambda s: s | {"version": 99}, r"another version \(found 99, expected 2\)"),
+        (lambda s: {k: v for k, v in s.items() if k != "names"}, "not as it was written"),
+        (lambda s: s | {"sha256": 3}, "not as it was written"),
+        (lambda s: s | {"classes": ["d"]}, "not as it was written"),
         (lambda s: [], "cannot be read"),
     ],
 )
@@ -324,13 +344,74 @@ def test_damaged_sidecar(beton, change, text):
     refuses(beton, "cannot be read")
 
 
-def test_damaged_names(beton):
+def test_sidecar_may_be_laid_out_anew(beton):
     side = sidecar_path(beton)
-    content = json.loads(side.read_text())
-    content["names"] = content["names"][:-8]
-    side.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="names cannot be unpacked"):
-        _ = Beton.open(beton).names
+    side.write_text(json.dumps(json.loads(side.read_text()), indent=4))
+    assert Beton.open(beton).names[1] == "c/1.jpg"
+
+
+def test_sidecar_of_the_first_version_names_the_way_out(beton):
+    side = sidecar_path(beton)
+    side.write_text(json.dumps({k: v for k, v in json.loads(side.read_text()).items() if not k.startswith("sha256_of")} | {"version": 1}))
+    refuses(beton, r"another version \(found 1, expected 2\)")
+
+
+# ------------------------------------------------------------------------------------------------ what decoders are given
+
+
+def test_addresses_are_those_of_the_bytes(beton):
+    opened = Beton.open(beton)
+    for i in range(len(opened)):
+        there = (ctypes.c_uint8 * int(opened.size[i])).from_address(int(opened.address[i]))
+        assert bytes(there) == opened.sample(i).tobytes()
+        assert opened.file(i) == beton
+
+
+def test_columns_cannot_be_changed(beton):
+    opened = Beton.open(beton)
+    for name in ("address", "ptr", "size", "height", "width", "mode", "label"):
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(opened, name)[0] = 1
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs Linux")
+def test_announced_samples_are_read_and_others_are_not(tmp_path):
+    path = tmp_path / "x.beton"
+    with BetonWriter(path, 4, page_size=1 << 25) as writer:
+        for label in range(4):
+            writer.append(bytes(6 << 20), JPEG, 1, 1, label)
+        writer.finish(list("abcd"))
+    fd = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    opened = Beton.open(path)
+    if resident(opened, 0) or resident(opened, 1):
+        pytest.skip("this file system keeps its pages")
+    opened.will_need(np.array([0, 0]))
+    deadline = time.monotonic() + 5
+    while resident(opened, 0) < 0.1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert resident(opened, 0) >= 0.1  # the kernel may take less than all of a long range
+    assert resident(opened, 1) == 0  # but nothing of another
+
+
+def resident(beton: Beton, i: int) -> float:
+    """Share of the pages of sample i that are in the page cache; its first and last, shared with others, do not count."""
+    start = -(-int(beton.address[i]) // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = (int(beton.address[i]) + int(beton.size[i]) - start) // mmap.PAGESIZE
+    found = (ctypes.c_ubyte * pages)()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(pages * mmap.PAGESIZE), found) == 0
+    return float(np.mean(np.frombuffer(found, np.uint8) & 1))
+
+
+def test_touching_ranges_are_announced_as_one(monkeypatch):
+    from loaders import readahead
+
+    calls = []
+    monkeypatch.setattr(readahead, "_madvise", lambda *args: calls.append(args))
+    pages = np.array([30, 10, 12, 11, 20], np.uint64)
+    readahead._advise.py_func(np.sort(pages), np.sort(pages) + np.uint64(1), np.uint64(4096))
+    assert [(int(start) // 4096, int(length) // 4096) for start, length, _ in calls] == [(10, 3), (20, 1), (30, 1)]
 
 
 # ------------------------------------------------------------------------------------------------ failing while writing

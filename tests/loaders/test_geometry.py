@@ -9,7 +9,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 
 from fastssl.rng import CROP, uniform_numpy
-from fastssl.views import CenterCrop, Crop, View, byol_asymmetric, center_crop
+from fastssl.views import W2SSL_HALVES, W2SSL_QUADRANTS, CenterCrop, Crop, View, byol_asymmetric, center_crop
 from loaders.errors import DataError
 from loaders.geometry import Geometry
 
@@ -74,6 +74,18 @@ def test_boxes_stay_in_their_region():
             assert h >= 1 and w >= 1
             assert top >= min(round(crop.region[0] * height), height - 1) and left >= min(round(crop.region[1] * width), width - 1)
             assert top + h <= max(round(crop.region[2] * height), 1) and left + w <= max(round(crop.region[3] * width), 1)
+
+
+@pytest.mark.parametrize("region", [*W2SSL_HALVES, *W2SSL_QUADRANTS])
+def test_regions_may_count_from_the_middle(region):
+    """The same draws as in an image that is the strip alone, moved to where the strip lies."""
+    for height, width in ((333, 501), (375, 500), (17, 23), (64, 31)):
+        edges = [min(max(round(n // 2 + f * n), 0), n) for f, n in zip(region, (height, width, height, width), strict=True)]
+        top, left, bottom, right = edges
+        boxes, flips = draw((View(crop=Crop(region=region, region_from="middle")),), [(height, width)] * 200)
+        alone, alone_flips = draw((View(crop=Crop()),), [(bottom - top, right - left)] * 200)
+        np.testing.assert_array_equal(boxes, alone + np.array([top, left, 0, 0], np.float32))
+        np.testing.assert_array_equal(flips, alone_flips)
 
 
 @pytest.mark.parametrize("crop", CROPS[:4])

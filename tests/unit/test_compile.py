@@ -39,3 +39,22 @@ def test_compiled_is_eager(preset: str, norm: str):
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(compiled, losses(preset, norm, "off"), rtol=1e-9, atol=0)
+
+
+@pytest.mark.slow
+def test_a_kept_last_batch_is_a_second_graph():
+    """Epochs of two full batches and a smaller one: two graphs, compiled in the first epoch and not again."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    cfg = PRESETS["byol_mini"]()
+    cfg = dataclasses.replace(cfg, efficiency=EfficiencyConfig(dtype="fp64", compile="on"))
+    torch.manual_seed(0)
+    method = METHODS[cfg.method.name](cfg.method, lambda: ToyBackbone(4, 8), cfg.model.norm)
+    state = prepare(method, cfg, ALONE, steps_per_epoch=3)
+    x = torch.randn(2, 6, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).numpy()
+    graphs = []
+    for _ in range(3):
+        for size in (6, 6, 4):
+            assert torch.isfinite(train_step(state, [two_views(*x[:, :size])]).loss)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [2, 2, 2]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import get_type_hints
 
 import pytest
 
 from fastssl import cli
-from fastssl.config import ConfigError, Lars, from_dict, to_dict
+from fastssl.config import ConfigError, DataConfig, EfficiencyConfig, Lars, from_dict, to_dict
 from fastssl.methods import METHODS
 from fastssl.presets import DEFAULTS, PRESETS
 
@@ -107,6 +108,30 @@ def test_impossible_configurations(flags: list[str], world: int, says: str):
     cfg, _ = cli.parse_cli(["--method", "lewel", *flags])
     with pytest.raises(ConfigError, match=says):
         cli.check(cfg, world)
+
+
+def test_choices_are_those_of_the_loaders():
+    """fastssl imports nothing of loaders, so their names are written twice."""
+    from eval.knn import Args
+    from loaders.open import Backend
+    from loaders.order import LastBatch, Sampling
+
+    data, efficiency = get_type_hints(DataConfig), get_type_hints(EfficiencyConfig)
+    assert (data["order"], data["last_batch"], efficiency["loader"]) == (Sampling, LastBatch, Backend)
+    assert get_type_hints(Args)["loader"] == Backend
+
+
+def test_data_flags():
+    flags = ("--data.order", "balanced", "--data.last-batch", "keep", "--data.subset", "first:260")
+    cfg, _ = cli.parse_cli(["--method", "byol", *flags])
+    assert (cfg.data.order, cfg.data.last_batch, cfg.data.subset) == ("balanced", "keep", "first:260")
+    assert from_dict(json.loads(json.dumps(to_dict(cfg))), PRESETS[cfg.preset]()) == cfg
+
+
+def test_a_last_batch_of_one_image_is_refused():
+    cli.check_last_batch(2)
+    with pytest.raises(ConfigError, match="--data.last-batch drop"):
+        cli.check_last_batch(1)
 
 
 def test_another_rank_batch_is_warned_about():

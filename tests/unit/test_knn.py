@@ -196,6 +196,20 @@ def test_command_line_writes_protocol_and_numbers(photographs, tmp_path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
+def test_part_of_the_training_set_as_bank(photographs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "result.json"
+    flags = ("--checkpoint", "random:resnet18:1", "--data", photographs, "--k", 1, *SMALL)
+    code, shown, _ = call(monkeypatch, capsys, *flags, "--out", out, "--subset", "first:3")
+    result = json.loads(out.read_text())
+    assert code == 0 and "subset first:3" in shown
+    assert (result["num_train"], result["num_val"], result["subset"], result["knn1_top1"]) == (9, 9, "first:3", 100.0)
+    for flag, message in (("first:7", "coarse has 6"), ("2percent", "is no subset")):
+        code, _, err = call(monkeypatch, capsys, *flags, "--subset", flag)
+        assert code == 1 and message in err
+    code, _, err = call(monkeypatch, capsys, *flags, "--protocol", "knn/lewel-monitor", "--subset", "first:3")
+    assert code == 1 and "leave --subset out" in err
+
+
 def test_command_line_of_the_monitor_writes_beside_the_checkpoint(photographs, tmp_path, monkeypatch, capsys):
     weights = tmp_path / "weights.pth"
     torch.manual_seed(0)
