@@ -24,7 +24,7 @@ from loaders.ring import Job, Ring
 from loaders.subsets import select
 
 _log = logging.getLogger(__name__)
-_MAX_WORKERS = 12
+MAX_WORKERS = 12
 """More threads than this bring a batch no earlier, and take cores from the training process."""
 
 
@@ -215,7 +215,7 @@ def _workers(asked: int, dist: Dist) -> int:
         raise DataError(f"There cannot be {asked} decoder threads. Set --efficiency.workers to 0 (a share of the cores) or more.")
     cores = len(os.sched_getaffinity(0))
     if asked == 0:
-        return min(max(1, cores // dist.local_world), _MAX_WORKERS)
+        return min(max(1, cores // dist.local_world), MAX_WORKERS)
     if asked > cores:
         _log.warning("%d decoder threads were asked for, but this process may use %d cores: taking %d.", asked, cores, cores)
     return min(asked, cores)

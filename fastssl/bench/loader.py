@@ -28,6 +28,7 @@ from fastssl.bench.clock import Rate, clock, cpu_seconds, settle
 from fastssl.bench.data import CACHE, Material, Variant, measured_ids, prepare, stock
 from fastssl.bench.yardsticks import Failed, Yardstick
 from loaders.beton import RAW
+from loaders.build import MAX_WORKERS
 from loaders.decoder import Samples, StoredDecoder
 from loaders.errors import DataError
 from loaders.geometry import Geometry
@@ -39,8 +40,6 @@ PREFETCH = 3
 """Batches decoded ahead, as in training."""
 _SLOW = 3
 """Times the seconds of a measurement that a yardstick gets: it yields a tenth of the images."""
-_MOST_THREADS = 12
-"""As in training."""
 
 
 @dataclass
@@ -260,7 +259,7 @@ def bench(path: str = "", out: Path = CACHE, seconds: float = 1.0, rounds: int =
     if seconds <= 0 or rounds < 1 or batch < 1 or workers < 0:
         raise DataError("Nothing would be measured. Give --seconds above 0, --rounds and --batch of at least 1, --workers of at least 0.")
     cores = len(os.sched_getaffinity(0))
-    threads = min(workers or min(cores, _MOST_THREADS), cores)
+    threads = min(workers or min(cores, MAX_WORKERS), cores)
     file = report.file(out)
     file.parent.mkdir(parents=True, exist_ok=True)
     _say("preparing the images")
