@@ -210,7 +210,8 @@ def fit(state: State, loader, augment, hooks: Sequence[Hook]) -> State:
         views = micro_batches()
         while state.step < state.total_steps and not state.stop:
             out = train_step(state, views)
-            state.metrics.add(out)
+            # The micro-batches of a step are equal on all ranks; a kept last batch is smaller than the others.
+            state.metrics.add(out, len(state.images) * state.cfg.train.accumulation_steps * state.dist.world)
             state.record = None
             if state.step % state.cfg.log.every_steps == 0 or state.step >= state.total_steps:
                 state.record = state.metrics.read(state, loader)  # the only host synchronisation

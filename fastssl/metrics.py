@@ -24,17 +24,19 @@ class Metrics:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._steps = 0
+        self._steps = self._images = 0
         self._skipped: Tensor | None = None
         self._bad_run: Tensor | None = None
         self._since = time.perf_counter()
         self._data_wait = 0.0
 
-    def add(self, out: StepOutput) -> None:
+    def add(self, out: StepOutput, images: int) -> None:
+        """Count a step of so many images on all ranks."""
         for name, value in (("loss", out.loss), *out.logs.items()):
             value = value.detach().double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._steps += 1
+        self._images += images
 
     def add_skipped(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
         """Count a step whose gradients are not finite (to be called after `scaler.unscale_`); it will change no weight."""
@@ -62,7 +64,7 @@ class Metrics:
             "train/bad_run": bad_run,
             "sched/lr": sched.lr,
             "sched/ema": sched.ema_momentum,
-            "perf/img_per_s": steps * state.cfg.train.global_batch_size / elapsed,
+            "perf/img_per_s": self._images / elapsed,
             "perf/step_ms": 1000 * elapsed / steps,
             "perf/data_wait_ms": 1000 * wait / steps,
         }
@@ -70,7 +72,7 @@ class Metrics:
             record["train/loss_scale"] = state.scaler.get_scale()
         if state.dist.device.type == "cuda":
             record["perf/mem_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._sums, self._steps = {}, 0
+        self._sums, self._steps, self._images = {}, 0, 0
         self.restart_clock()
         return record
 

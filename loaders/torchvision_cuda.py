@@ -18,7 +18,7 @@ class TorchvisionCUDADecoder(BatchDecoder):
     name = "torchvision_cuda"
 
     def __init__(self, samples: Samples, device: torch.device) -> None:
-        if problem := _problem(device):
+        if problem := problem_on(device):
             raise DataError(f"The loader torchvision_cuda cannot be used here: {problem}. Take --efficiency.loader auto.")
         super().__init__(samples, 1, device)
 
@@ -28,7 +28,7 @@ class TorchvisionCUDADecoder(BatchDecoder):
         return [image.permute(1, 2, 0) for image in decode_jpeg(encoded, ImageReadMode.RGB, device=self._device)]
 
 
-def _problem(device: torch.device) -> str | None:
+def problem_on(device: torch.device) -> str | None:
     """None, or why torchvision cannot decode on `device`."""
     if device.type != "cuda":
         return f"it decodes on a CUDA device, and this process works on {device}"

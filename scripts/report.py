@@ -59,6 +59,28 @@ def ffcv() -> tuple[str, str]:
     return f"off: {problem}", f"{APT_FFCV.format(python=python_dev())}\n  or, without root: {CONDA_FFCV}"
 
 
+def dali() -> tuple[str, str]:
+    from loaders.dali import load
+
+    problem = load()
+    if problem:
+        return f"off: {problem}", "rm -rf .venv && make setup"
+    import torch
+
+    return ("usable" if torch.cuda.is_available() else "usable, on the CPU"), ""
+
+
+def torchvision_cuda() -> tuple[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "off: no CUDA device", ""
+    from loaders.torchvision_cuda import problem_on
+
+    problem = problem_on(torch.device("cuda"))
+    return (f"off: {problem}", "") if problem else ("usable", "")
+
+
 def torchvision() -> tuple[str, str]:
     try:
         import torch
@@ -92,11 +114,13 @@ def main() -> None:
         ("cores", (str(len(os.sched_getaffinity(0))), "")),
         ("torch.compile", compiler()),
         ("loader ffcv", ffcv()),
+        ("loader dali", dali()),
         ("loader torchvision", torchvision()),
+        ("loader torchvision_cuda", torchvision_cuda()),
         ("loader folder", folder()),
     ]
     for name, (state, line) in rows:
-        print(f"{name:<19}{state}")
+        print(f"{name:<24}{state}")
         if line:
             print(f"  to change that:  {line}")
 

@@ -384,7 +384,7 @@ def test_waiting_is_measured(data):
 @pytest.fixture
 def torchvision_cuda_on_the_cpu(tmp_path, monkeypatch):
     """TorchvisionCUDADecoder with the CPU in the device's place, over a data set with raw samples, grey and odd sizes."""
-    monkeypatch.setattr(torchvision_cuda, "_problem", lambda device: None)
+    monkeypatch.setattr(torchvision_cuda, "problem_on", lambda device: None)
     decoder = TorchvisionCUDADecoder(Beton.open(write(tmp_path / "train.beton", samples(raw=True, count=NUM_SAMPLES))), CPU)
     decoder.on_device = True
     return decoder
@@ -403,7 +403,7 @@ def test_the_device_path_places_every_image(torchvision_cuda_on_the_cpu):
 
 
 def test_the_device_path_finds_the_sample_at_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr(torchvision_cuda, "_problem", lambda device: None)
+    monkeypatch.setattr(torchvision_cuda, "problem_on", lambda device: None)
     stored = broken(broken(samples(raw=True, count=12), 5, "noise"), 6, "wider")
     decoder = TorchvisionCUDADecoder(Beton.open(write(tmp_path / "train.beton", stored)), CPU)
     decoder.on_device = True

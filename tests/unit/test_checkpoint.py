@@ -28,7 +28,7 @@ def new_state(preset: str = "byol_mini", steps_per_epoch: int = 3) -> State:
 def step(state: State) -> float:
     x, y = torch.randn(2, 4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(state.step)).numpy()
     out = train_step(state, [two_views(x, y)])
-    state.metrics.add(out)
+    state.metrics.add(out, 12)
     return out.loss.item()
 
 
