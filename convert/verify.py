@@ -51,12 +51,15 @@ class Verdict:
             return f"{text}; all {self.checked}."
         more = [f"and {len(self.differences) - _SHOWN:,} more"] if len(self.differences) > _SHOWN else []
         listed = "\n".join(f"  {line}" for line in self.differences[:_SHOWN] + more)
-        return f"{text}; {len(self.differences):,} differences:\n{listed}"
+        return f"{text}; {self._count()}:\n{listed}"
+
+    def _count(self) -> str:
+        return f"{len(self.differences):,} difference{'s' * (len(self.differences) != 1)}"
 
     def raise_if_different(self) -> None:
         if self.differences:
             raise DataError(
-                f"{self.path} was written, but reading it again found {len(self.differences):,} differences, first: {self.differences[0]}. "
+                f"{self.path} was written, but reading it again found {self._count()}, first: {self.differences[0]}. "
                 f"Check the disk; for the whole list: python -m convert.verify --beton {self.path}"
             )
 

@@ -70,7 +70,7 @@ def test_conversion_with_verify(source, tmp_path, monkeypatch):
         return real(path, *args)
 
     monkeypatch.setattr(imagenet, "verify_set", damaging)
-    with pytest.raises(DataError, match="was written, but reading it again found 1 differences, first: sample 0"):
+    with pytest.raises(DataError, match="was written, but reading it again found 1 difference, first: sample 0"):
         convert_imagenet(source, tmp_path / "out", verify=True, overwrite=True, **OPTIONS)
 
 
@@ -209,7 +209,7 @@ def test_command_line(source, made):
     assert good.returncode == 0 and good.stdout.count("\n") == 2, good.stderr
     flip(made / "train.beton", 1)
     bad = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert bad.returncode == 1 and "1 differences:\n  sample 1 (" in bad.stdout and "Traceback" not in bad.stderr
+    assert bad.returncode == 1 and "1 difference:\n  sample 1 (" in bad.stdout and "Traceback" not in bad.stderr
     path = sidecar_path(made / "val.beton")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_samples": 5}))
     broken = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
