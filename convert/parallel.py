@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 from convert.progress import note
@@ -27,8 +28,15 @@ def usable_workers(workers: int) -> int:
     return min(workers, cores) or cores
 
 
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back.  Processes that are started meanwhile inherit that for life, and from their first instruction on: they
+    leave it to this process, which gets it afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def in_order(function: Callable[..., T], tasks: Iterable[tuple], workers: int) -> Iterator[T]:
@@ -42,11 +50,12 @@ def in_order(function: Callable[..., T], tasks: Iterable[tuple], workers: int) -
             yield function(*task)
         return
     # Spawned, not forked: the caller may hold threads and their locks (torch, numba).
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_leave_interrupts_to_the_parent)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     pending = deque()
     try:
         for task in tasks:
-            pending.append(pool.submit(function, *task))
+            with _interrupts_held():  # the pool starts a process when a task needs one
+                pending.append(pool.submit(function, *task))
             if len(pending) == 4 * workers:
                 yield pending.popleft().result()
         while pending:
