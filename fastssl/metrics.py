@@ -24,7 +24,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._steps = self._images = 0
+        self._steps = 0
+        self._timed_steps = self._timed_images = 0
         self._skipped: Tensor | None = None
         self._bad_run: Tensor | None = None
         self._since = time.perf_counter()
@@ -36,7 +37,8 @@ class Metrics:
             value = value.detach().double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._steps += 1
-        self._images += images
+        self._timed_steps += 1
+        self._timed_images += images
 
     def add_skipped(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
         """Count a step whose gradients are not finite (to be called after `scaler.unscale_`); it will change no weight."""
@@ -64,21 +66,22 @@ class Metrics:
             "train/bad_run": bad_run,
             "sched/lr": sched.lr,
             "sched/ema": sched.ema_momentum,
-            "perf/img_per_s": self._images / elapsed,
-            "perf/step_ms": 1000 * elapsed / steps,
+            "perf/img_per_s": self._timed_images / elapsed,
+            "perf/step_ms": 1000 * elapsed / self._timed_steps,
             "perf/data_wait_ms": 1000 * wait / steps,
         }
         if state.dtype is torch.float16:
             record["train/loss_scale"] = state.scaler.get_scale()
         if state.dist.device.type == "cuda":
             record["perf/mem_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._sums, self._steps, self._images = {}, 0, 0
+        self._sums, self._steps = {}, 0
         self.restart_clock()
         return record
 
     def restart_clock(self) -> None:
-        """Leave what happened until now (a checkpoint, an evaluation, compilation) out of the next rates."""
+        """Leave what happened until now (a checkpoint, an evaluation, compilation, and the steps before it) out of the next rates."""
         self._since = time.perf_counter()
+        self._timed_steps = self._timed_images = 0
 
     def state_dict(self) -> dict:
         """Running sums since the last log step, so that a resumed run logs what an uninterrupted one does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,3 +135,18 @@ def test_efficiency_switches_keep_the_loss(dtype: str, channels_last: bool):
     torch.testing.assert_close(
         losses(EfficiencyConfig(dtype=dtype, compile="off", channels_last=channels_last)), exact, rtol=tolerance, atol=0
     )
+
+
+def test_rates_leave_out_a_pause_and_the_steps_before_it(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("fastssl.metrics.time.perf_counter", lambda: now[0])
+    state = prepare(Regression(), config(), ALONE, 2)
+    x, y = batch()
+    for number in range(5):
+        state.metrics.add(train_step(state, [two_views(x, y)]), images=8)
+        now[0] += 2.0
+        if number == 2:  # a checkpoint between two log lines
+            now[0] += 100.0
+            state.metrics.restart_clock()
+    record = state.metrics.read(state, SimpleNamespace(wait_s=0.0))
+    assert (record["perf/step_ms"], record["perf/img_per_s"]) == (2000.0, 4.0)
