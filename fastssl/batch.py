@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -40,6 +43,44 @@ class ImageBatch:
     max_hw: tuple[int, int] | None = None
     """Largest height and width of these images (or a bound), known to the host: spares CUDA resampling a synchronisation."""
 
+    @classmethod
+    def of(
+        cls,
+        images: Sequence[np.ndarray],
+        boxes: np.ndarray | Tensor,
+        flips: np.ndarray | Tensor | None = None,
+        *,
+        index: Sequence[int] | None = None,
+        epoch: int = 0,
+        pad: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> ImageBatch:
+        """A batch of images that are at hand: uint8 [h, w, 3] each, with boxes [B, V, 4] and flips [B, V] (default: none).
+
+        index: sample ids, default 0 .. B - 1.  pad: unused bytes after each row and each image, as a decoder may leave.
+        """
+        parts, offsets, at = [], [], 0
+        for image in images:
+            h, w, _ = image.shape
+            rows = np.full((h, 3 * w + pad), 77, np.uint8)
+            rows[:, : 3 * w] = image.reshape(h, -1)
+            parts += [rows.ravel(), np.full(pad, 99, np.uint8)]
+            offsets.append(at)
+            at += rows.size + pad
+        heights, widths = ([image.shape[axis] for image in images] for axis in (0, 1))
+        tensors = {
+            "pixels": torch.from_numpy(np.concatenate(parts)),
+            "offset": torch.tensor(offsets),
+            "height": torch.tensor(heights, dtype=torch.int32),
+            "width": torch.tensor(widths, dtype=torch.int32),
+            "pitch": torch.tensor([3 * w + pad for w in widths], dtype=torch.int32),
+            "index": torch.arange(len(images)) if index is None else torch.as_tensor(index),
+            "boxes": (boxes := torch.as_tensor(boxes, dtype=torch.float32)),
+            "flips": torch.zeros(boxes.shape[:2], dtype=torch.bool) if flips is None else torch.as_tensor(flips, dtype=torch.bool),
+        }
+        on_device = {name: t.to(device) for name, t in tensors.items()}
+        return cls(**on_device, label=None, epoch=epoch, step=0, max_hw=(max(heights), max(widths)))
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -55,7 +96,7 @@ class Group:
 
     size: int
     views: tuple[int, ...]
-    """View ids, in the declared order."""
+    """View ids, in the declared order; of a `PatchCrop` its id once for each patch."""
     pixels: Tensor
     """[len(views) * B, 3, size, size], view-major, normalised, channels-last."""
 

@@ -1,8 +1,8 @@
 """Where every view is cut: boxes and flips drawn from the sample's own random stream, before anything is decoded.
 
 `Crop` follows torchvision's RandomResizedCrop.get_params inside the view's region; `CenterCrop` is the box that torchvision's
-Resize + CenterCrop would show.  Draws are keyed by (seed, epoch, sample id, view), so they are the same for any back end,
-worker count, rank count or resume point.
+Resize + CenterCrop would show; either may be flipped.  Draws are keyed by (seed, epoch, sample id, view), so they are the same
+for any back end, worker count, rank count or resume point.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ def _draw(boxes, flips, ids, heights, widths, random, centre, seed, epoch):
     for b in range(ids.shape[0]):
         full_h, full_w = heights[b], widths[b]
         for v in range(random.shape[0]):
+            fill_uniform(u, seed, CROP, epoch, ids[b], v)
+            flips[b, v] = u[FLIP] < random[v, 8]
             size, resize = centre[v, 0], centre[v, 1]
             if size > 0:
                 short, long = min(full_h, full_w), max(full_h, full_w)
@@ -76,11 +78,8 @@ def _draw(boxes, flips, ids, heights, widths, random, centre, seed, epoch):
                 boxes[b, v, 1] = np.rint((new_w - size) / 2.0) * across
                 boxes[b, v, 2] = size * down
                 boxes[b, v, 3] = size * across
-                flips[b, v] = False
                 continue
             top0, left0, height, width = region_box(random[v, 0:4], random[v, 9], full_h, full_w)
-            fill_uniform(u, seed, CROP, epoch, ids[b], v)
-            flips[b, v] = u[FLIP] < random[v, 8]
             top, left, h, w = random_box(u, height, width, random[v, 4:8])
             boxes[b, v, 0] = top0 + top
             boxes[b, v, 1] = left0 + left
@@ -95,7 +94,6 @@ class Geometry:
         self.seed = seed
         # Columns: region (top, left, bottom, right), scale, ratio, flip, whether the region counts from the middle.
         self._random = np.zeros((len(spec), 10))
-        self._random[:, 2:8] = 1
         self._centre = np.zeros((len(spec), 2), np.int64)
         for v, view in enumerate(spec):
             crop = view.crop
@@ -106,6 +104,7 @@ class Geometry:
                         f"would leave the image. Set the view's resize to at least {crop.size} (ImageNet: 256 for a crop of 224)."
                     )
                 self._centre[v] = crop.size, crop.resize
+                self._random[v, 8] = crop.flip
             else:
                 self._random[v] = *crop.region, *crop.scale, *crop.ratio, crop.flip, crop.region_from == "middle"
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.augment import blur, colour, cpu
+from fastssl.augment import blur, colour, cpu, patches
 from fastssl.augment.draws import ColourDraws, ColourParams
 from fastssl.augment.resample import resample
 from fastssl.batch import Group, ImageBatch, Views
-from fastssl.views import CenterCrop, ViewSpec, groups
+from fastssl.views import CenterCrop, Crop, PatchCrop, Photometric, View, ViewSpec, groups
+
+log = logging.getLogger("fastssl")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class GroupPlan:
     grey: bool
     blur: bool
     solarize: bool
+    largest_sigma: float
+    """Of the blur, pixels."""
+    patches: PatchCrop | None
+    """What is cut from the finished crop, of a group that is a single view."""
 
     @classmethod
     def of(cls, spec: ViewSpec, views: tuple[int, ...], device: torch.device) -> GroupPlan:
@@ -49,6 +57,8 @@ class GroupPlan:
             grey=any(p.grey > 0 for p in photo),
             blur=any(p.blur > 0 for p in photo),
             solarize=any(p.solarize > 0 for p in photo),
+            largest_sigma=max(p.sigma[1] for p in photo),
+            patches=crops[0] if isinstance(crops[0], PatchCrop) else None,
         )
 
 
@@ -72,19 +82,47 @@ def photometric(x: Tensor, params: ColourParams, plan: GroupPlan) -> Tensor:
 
 
 def render(batch: ImageBatch, plan: GroupPlan, params: ColourParams, chain=photometric) -> Tensor:
-    """One group of views by torch operations -> float32 [V * B, 3, s, s], normalised: the reference, and the CUDA path."""
+    """One group of views by torch operations -> float32 [V * B, 3, s, s], normalised: the reference, and what CUDA runs without Triton."""
     return chain(resample(batch, plan.views, plan.size, plan.bicubic, plan.whole), params, plan)
+
+
+@cache
+def triton_problem(device: torch.device) -> str:
+    """Why the Triton kernels cannot be used on this CUDA device; empty when they can.
+
+    They render two small images and have to give what the torch operations give: old GPUs and machines without a C compiler
+    fail in ways that no version number tells.
+    """
+    try:
+        from fastssl.augment import fused
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    photo = Photometric(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur=0.5)
+    spec = (View(crop=Crop(size=40, interpolation="bicubic"), photometric=photo),)
+    images = np.random.default_rng(0).integers(0, 256, (2, 50, 70, 3), dtype=np.uint8)
+    batch = ImageBatch.of(images, [[[3.0, 5, 45, 61]], [[0.0, 0, 50, 70]]], [[True], [False]], device=device)
+    draws, plan = ColourDraws(spec, device=device, seed=0), GroupPlan.of(spec, (0,), device)
+    expected = render(batch, plan, draws(0, batch.index))
+    try:
+        found = fused.render(batch, plan, fused.FusedDraws(draws)(0, batch.index), dtype=torch.float32, channels_last=True)
+    except Exception as error:  # whatever a compiler says
+        return f"they do not compile here ({type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''})"
+    worst = (found - expected).abs().max().item()
+    return "" if worst < 0.01 else f"they differ from the torch operations by {worst:.3g} here"
 
 
 class Augmenter:
     """`augmenter(batch) -> Views`: every view of every image of the batch, drawn by (seed, epoch, sample id, view).
 
-    On CUDA: torch operations without a host synchronisation.  On a CPU: numba kernels of the same formulas, one image per
-    thread at a time, on torch.get_num_threads() threads.
+    On CUDA: Triton kernels, or torch operations where those do not run (said in the log); neither synchronises with the host.  On
+    a CPU: numba kernels of the same formulas, one image per thread at a time, on torch.get_num_threads() threads.
 
-    dtype: of the pixels handed out (all arithmetic is float32).  compile: torch.compile the colour chain (CUDA only; a CPU
-    runs the kernels either way); each group and each batch length is one graph.
+    dtype: of the pixels handed out (all arithmetic is float32).  compile: torch.compile the colour chain of the torch operations;
+    each group and each batch length is one graph.
     """
+
+    implementation: str
+    """triton, torch or numba."""
 
     def __init__(
         self,
@@ -97,29 +135,42 @@ class Augmenter:
         compile: bool = False,
     ) -> None:
         device = torch.device(device)
-        self.dtype = dtype
+        self.dtype, self.seed = dtype, seed
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.plans = [GroupPlan.of(spec, views, device) for views in groups(spec)]
-        self.draws = ColourDraws(spec, device=device, seed=seed)
-        chain = torch.compile(photometric, fullgraph=True, dynamic=False) if compile else photometric
-        self.render: Callable[[ImageBatch, GroupPlan, ColourParams], Tensor] = (
-            cpu.render if device.type == "cpu" else partial(render, chain=chain)
-        )
+        self.draws: Callable[[int, Tensor], ColourParams] = ColourDraws(spec, device=device, seed=seed)
+        self.render: Callable[[ImageBatch, GroupPlan, ColourParams], Tensor]
+        if device.type == "cpu":
+            self.implementation, self.render = "numba", cpu.render
+        elif problem := triton_problem(device):
+            log.warning(f"augmentation by torch operations, several times slower: the Triton kernels are not used because {problem}")
+            chain = torch.compile(photometric, fullgraph=True, dynamic=False) if compile else photometric
+            self.implementation, self.render = "torch", partial(render, chain=chain)
+        else:
+            from fastssl.augment import fused
+
+            self.implementation, self.render = "triton", partial(fused.render, dtype=dtype, channels_last=channels_last)
+            self.draws = fused.FusedDraws(self.draws)
 
     @torch.no_grad()
     def __call__(self, batch: ImageBatch) -> Views:
         params = self.draws(batch.epoch, batch.index)
         # inside someone's autocast the weights' products would lose three decimal digits
         with torch.autocast(batch.pixels.device.type, enabled=False):
-            rendered = [self.render(batch, plan, params.of(plan.views)) for plan in self.plans]
+            rendered = tuple(self._group(batch, plan, params.of(plan.views)) for plan in self.plans)
         return Views(
-            groups=tuple(
-                Group(plan.size, plan.views, x.to(self.dtype, memory_format=self.memory_format))
-                for plan, x in zip(self.plans, rendered, strict=True)
-            ),
+            groups=rendered,
             boxes=batch.boxes,
             flips=batch.flips,
             source_hw=torch.stack((batch.height, batch.width), 1),
             index=batch.index,
             label=batch.label,
         )
+
+    def _group(self, batch: ImageBatch, plan: GroupPlan, params: ColourParams) -> Group:
+        x = self.render(batch, plan, params).to(self.dtype, memory_format=self.memory_format)
+        if plan.patches is None:
+            return Group(plan.size, plan.views, x)
+        crop = plan.patches
+        corners = patches.draw(crop, seed=self.seed, epoch=batch.epoch, index=batch.index, view=plan.views[0])
+        return Group(crop.patch_size, plan.views * crop.patches, patches.cut_patches(x, corners, crop.patch_size))

@@ -44,10 +44,14 @@ class ColourParams:
     solarize: Tensor
     """bool."""
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the declared order."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
     def of(self, views: tuple[int, ...]) -> ColourParams:
         """The rows of some consecutive views."""
         rows = slice(views[0], views[-1] + 1)
-        return ColourParams(*(getattr(self, f.name)[rows] for f in fields(self)))
+        return ColourParams(*(t[rows] for t in self.tensors()))
 
 
 class ColourDraws:

@@ -9,7 +9,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 
 from fastssl.rng import CROP, uniform_numpy
-from fastssl.views import W2SSL_HALVES, W2SSL_QUADRANTS, CenterCrop, Crop, View, byol_asymmetric, center_crop
+from fastssl.views import W2SSL_HALVES, W2SSL_QUADRANTS, CenterCrop, Crop, PatchCrop, View, byol_asymmetric, center_crop
 from loaders.errors import DataError
 from loaders.geometry import Geometry
 
@@ -143,3 +143,17 @@ def test_centre_crops_are_what_torchvision_shows(size, resize, shape):
 def test_a_centre_crop_larger_than_the_resized_image_is_refused():
     with pytest.raises(DataError, match="at least 224"):
         Geometry((View(), View(crop=CenterCrop(size=224, resize=200))))
+
+
+@pytest.mark.parametrize("flip", [0.5, 0.2, 1.0])
+def test_a_centre_crop_is_flipped_as_a_crop_is(flip):
+    sizes = [(375, 500)] * 500
+    (boxes, flips), (_, of_crops) = (draw((View(), View(crop=kind(flip=flip))), sizes) for kind in (CenterCrop, Crop))
+    np.testing.assert_array_equal(flips, of_crops)
+    assert abs(flips[:, 1].mean() - flip) <= 4 * math.sqrt(flip * (1 - flip) / len(sizes))
+    np.testing.assert_array_equal(boxes[:, 1], draw((View(), View(crop=CenterCrop())), sizes)[0][:, 1])
+
+
+def test_patches_are_cut_from_an_ordinary_crop():
+    for ours, expected in zip(*(draw((View(crop=c),), SIZES) for c in (PatchCrop(size=256), Crop(size=256))), strict=True):
+        np.testing.assert_array_equal(ours, expected)
