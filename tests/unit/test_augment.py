@@ -42,36 +42,6 @@ RAW = Photometric(mean=(0, 0, 0), std=(1 / 255,) * 3)
 RENDERERS = {"kernel": cpu.render, "torch": augmenter.render}
 
 
-def make_batch(images, boxes, flips=None, *, pad=0, index=None, epoch=0) -> ImageBatch:
-    """images: uint8 [h, w, 3] arrays; boxes [B][V] of (top, left, height, width); pad: extra bytes per row and between images."""
-    boxes = torch.tensor(np.asarray(boxes, dtype=np.float32))
-    pitches = [3 * im.shape[1] + pad for im in images]
-    parts, offsets, at = [], [], 0
-    for im, pitch in zip(images, pitches, strict=True):
-        rows = np.full((im.shape[0], pitch), 77, np.uint8)
-        rows[:, : 3 * im.shape[1]] = im.reshape(im.shape[0], -1)
-        parts += [rows.ravel(), np.full(pad, 99, np.uint8)]
-        offsets.append(at)
-        at += rows.size + pad
-
-    def ints(values):
-        return torch.tensor(values, dtype=torch.int32)
-
-    return ImageBatch(
-        pixels=torch.from_numpy(np.concatenate(parts)),
-        offset=torch.tensor(offsets),
-        height=ints([im.shape[0] for im in images]),
-        width=ints([im.shape[1] for im in images]),
-        pitch=ints(pitches),
-        index=torch.arange(len(images)) if index is None else torch.as_tensor(index),
-        label=None,
-        boxes=boxes,
-        flips=torch.zeros(boxes.shape[:2], dtype=torch.bool) if flips is None else torch.as_tensor(flips),
-        epoch=epoch,
-        step=0,
-    )
-
-
 def crop_box(rng, h, w):
     """A whole-number box inside an h x w image."""
     bh, bw = int(rng.integers(1, h + 1)), int(rng.integers(1, w + 1))
@@ -149,7 +119,7 @@ def test_resized_crop_is_pillows(pictures, name, interpolation, size, pad):
     pictures = [faded(p) for p in pictures] if interpolation == "bicubic" else pictures
     boxes = [[crop_box(rng, *im.shape[:2]) for _ in range(3)] for im in pictures]
     flips = rng.random((len(pictures), 3)) < 0.5
-    batch = make_batch(pictures, boxes, flips, pad=pad)
+    batch = ImageBatch.of(pictures, boxes, flips, pad=pad)
     spec = (View(crop=Crop(size=size, interpolation=interpolation), photometric=RAW),) * 3
     out = RENDERERS[name](batch, plan_of(spec), params(3, len(pictures))).unflatten(0, (3, -1))
     for v in range(3):
@@ -169,13 +139,13 @@ def test_extreme_scales(name, interpolation):
     images = [im] * len(boxes) + [tiny]
     boxes.append((0, 0, 1, 1))
     plan = plan_of((View(crop=Crop(size=16, interpolation=interpolation), photometric=RAW),))
-    out = RENDERERS[name](make_batch(images, [[b] for b in boxes]), plan, params(1, len(boxes)))
+    out = RENDERERS[name](ImageBatch.of(images, [[b] for b in boxes]), plan, params(1, len(boxes)))
     for i, (source, box) in enumerate(zip(images, boxes, strict=True)):
         assert_near(hwc(out[i]), pil_resize(source, box, 16, interpolation), RESAMPLE[interpolation], f"box {box}")
     assert torch.equal(out[7].round(), torch.from_numpy(tiny).float().view(3, 1, 1).expand(3, 16, 16))
     assert (hwc(out[6]).round() == im[40:56, 31:47]).all()  # same size: a copy
     large = plan_of((View(crop=Crop(size=320, interpolation=interpolation), photometric=RAW),))
-    out = RENDERERS[name](make_batch([im], [[(100, 90, 16, 17)]]), large, params(1, 1))
+    out = RENDERERS[name](ImageBatch.of([im], [[(100, 90, 16, 17)]]), large, params(1, 1))
     assert_near(hwc(out[0]), pil_resize(im, (100, 90, 16, 17), 320, interpolation), RESAMPLE[interpolation])
 
 
@@ -185,7 +155,7 @@ def test_bicubic_overshoot_is_clipped(pictures, name):
     images = [im for im in pictures for _ in range(2)]
     boxes = [[(3, 2, 30, 51)], [(4, 1, 41, 30)]] * len(pictures)
     plan = plan_of((View(crop=Crop(size=30, interpolation="bicubic"), photometric=RAW),))
-    out = RENDERERS[name](make_batch(images, boxes), plan, params(1, len(images)))
+    out = RENDERERS[name](ImageBatch.of(images, boxes), plan, params(1, len(images)))
     assert out.min() == 0 and abs(out.max() - 255) < 1e-3
     for i, im in enumerate(images):
         assert_near(hwc(out[i]), pil_resize(im, boxes[i][0], 30, "bicubic"), ONE_PASS, f"image {i}")
@@ -205,7 +175,7 @@ def test_center_crop_is_torchvisions(pictures, name, interpolation, size, resize
     pictures = [faded(p) for p in pictures] if interpolation == "bicubic" else pictures
     boxes = [[center_box(*im.shape[:2], resize, size)] for im in pictures]
     plan = plan_of((View(crop=CenterCrop(size=size, resize=resize, interpolation=interpolation), photometric=RAW),))
-    out = RENDERERS[name](make_batch(pictures, boxes), plan, params(1, len(pictures)))
+    out = RENDERERS[name](ImageBatch.of(pictures, boxes), plan, params(1, len(pictures)))
     mode = InterpolationMode.BICUBIC if interpolation == "bicubic" else InterpolationMode.BILINEAR
     for i, im in enumerate(pictures):
         expected = TF.center_crop(TF.resize(Image.fromarray(im), resize, mode), [size, size])
@@ -213,7 +183,7 @@ def test_center_crop_is_torchvisions(pictures, name, interpolation, size, resize
 
 
 def test_memory_bound_does_not_change_the_result(pictures, monkeypatch):
-    batch = make_batch(pictures, [[crop_box(np.random.default_rng(i), *im.shape[:2])] for i, im in enumerate(pictures)])
+    batch = ImageBatch.of(pictures, [[crop_box(np.random.default_rng(i), *im.shape[:2])] for i, im in enumerate(pictures)])
     plan = plan_of((View(crop=Crop(size=24), photometric=RAW),))
     neutral = params(1, len(pictures))
     whole = augmenter.render(batch, plan, neutral)
@@ -303,7 +273,7 @@ def test_whole_chain_is_torchvisions(pictures, name):
     rng = np.random.default_rng(5)
     images = [pictures[i % 4] for i in range(48)]
     boxes = [[crop_box(rng, *im.shape[:2]) for _ in range(2)] for im in images]
-    batch = make_batch(images, boxes, rng.random((48, 2)) < 0.5, pad=3)
+    batch = ImageBatch.of(images, boxes, rng.random((48, 2)) < 0.5, pad=3)
     aug = Augmenter((View(crop=Crop(size=40), photometric=EVERYTHING),) * 2, device="cpu", dtype=torch.float32, seed=11)
     p = aug.draws(0, batch.index)
     every = torch.tensor(ORDERS).repeat(2, 1)
@@ -325,7 +295,7 @@ def test_kernels_equal_the_reference(pictures, interpolation):
     boxes = [[crop_box(rng, *im.shape[:2]) for _ in range(3)] for im in images]
     for i, im in enumerate(images):
         boxes[i][2] = center_box(*im.shape[:2], 50, 37)
-    batch = make_batch(images, boxes, rng.random((len(images), 3)) < 0.5, pad=7)
+    batch = ImageBatch.of(images, boxes, rng.random((len(images), 3)) < 0.5, pad=7)
     wild = Photometric(
         jitter=0.9, brightness=1.2, contrast=1.0, saturation=1.0, hue=0.5, grey=0.2, blur=0.7, sigma=(0.1, 9.0), solarize=0.3
     )
@@ -399,7 +369,7 @@ def batch_of(pictures):
         images = [pictures[i % 4] for i in ids]
         draws = [np.random.default_rng(i) for i in ids]
         boxes = [[crop_box(rng, *im.shape[:2]) for _ in range(views)] for rng, im in zip(draws, images, strict=True)]
-        return make_batch(images, boxes, np.array([rng.random(views) < 0.5 for rng in draws]), pad=len(ids) % 5, index=ids, epoch=epoch)
+        return ImageBatch.of(images, boxes, np.array([rng.random(views) < 0.5 for rng in draws]), pad=len(ids) % 5, index=ids, epoch=epoch)
 
     return build
 
@@ -441,7 +411,7 @@ def test_no_second_compilation(pictures):
     aug = Augmenter(byol_asymmetric(size=16), device="cpu", dtype=torch.float32, seed=0)
     images = pictures * 2
     boxes = [[crop_box(np.random.default_rng(i), *im.shape[:2]) for _ in range(2)] for i, im in enumerate(images)]
-    batch = make_batch(images, boxes)
+    batch = ImageBatch.of(images, boxes)
     aug(batch)
     before = len(cpu._render.signatures)
     every_other = replace(
@@ -487,7 +457,7 @@ def test_groups_order_layout_and_normalisation(batch_of):
 def test_evaluation_view_is_only_resized_and_normalised(pictures):
     boxes = [[center_box(*im.shape[:2], 64, 56)] for im in pictures]
     spec = center_crop(size=56, resize=64)
-    out = Augmenter(spec, device="cpu", dtype=torch.float32, seed=0)(make_batch(pictures, boxes)).groups[0].pixels
+    out = Augmenter(spec, device="cpu", dtype=torch.float32, seed=0)(ImageBatch.of(pictures, boxes)).groups[0].pixels
     for i, im in enumerate(pictures):
         pil = TF.center_crop(TF.resize(Image.fromarray(im), 64, InterpolationMode.BILINEAR), [56, 56])
         expected = TF.normalize(TF.to_tensor(pil), spec[0].photometric.mean, spec[0].photometric.std)

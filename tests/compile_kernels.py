@@ -1,0 +1,64 @@
+"""Compile the augmentation's kernels for a compute capability, without a GPU:  python -m tests.compile_kernels 90
+
+Prints the registers and spilled bytes of a thread: what to look at before a change of tile sizes is timed on a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastssl.augment import fused
+from fastssl.augment.fused.draws import SAMPLES, draw_kernel
+
+# Types of the kernels' arguments, in the names they share.
+TYPES = {
+    "*bf16": "out",
+    "*u16": "mid",
+    "*u8": "pixels",
+    "*i64": "offset order orders index",
+    "*i32": "pitch height width",
+    "*i1": "flips bicubic whole jitter grey solarize",
+    "*fp32": "sums boxes brightness contrast saturation hue sigma mean std table",
+    "*fp64": "limits",
+    "i32": "batch all_views first_view seed epoch",
+}
+TYPE = {name: kind for kind, names in TYPES.items() for name in names.split()}
+VIEWS = {"VIEWS": 2, "SIZE": 224, "CHANNELS_LAST": True}
+TILES = {"TILE": fused.TILE, "SPLIT": True}
+KERNELS = (
+    (fused.crop_kernel, {**VIEWS, **TILES, "CHUNK": fused.CHUNK, "JITTER": True, "BLUR": True}),
+    (fused.crop_kernel, {**VIEWS, **TILES, "CHUNK": fused.CHUNK, "JITTER": False, "BLUR": False}),
+    (fused.colour_kernel, {**VIEWS, "TILES": 49, "BLOCK": fused.BLOCK, "BLUR": True, "SUMS": 64}),
+    (fused.weights_kernel, {"SIZE": 224, "TAPS": 16, "LINES": fused.LINES}),
+    (fused.blur_kernel, {**VIEWS, **TILES, "CHUNK": fused.BLUR_CHUNK, "TAPS": 16}),
+    (draw_kernel, {"STREAM": 2, "LIMITS": 14, "BLOCK": SAMPLES}),
+)
+
+
+def main() -> None:
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    for kernel, constants in KERNELS:
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else TYPE[name] for name in names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") and n != "pixels"}
+        source = ASTSource(kernel, signature, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=aligned)
+        compiled = triton.compile(source, target=target)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+        print(f"{kernel.fn.__name__} compiled: {registers} registers, {stack} bytes spilled, {compiled.metadata.shared} bytes shared")
+
+
+if __name__ == "__main__":
+    main()
