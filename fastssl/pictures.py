@@ -7,15 +7,15 @@ written under a temporary name and renamed, so a viewer never meets half a pictu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fastssl.batch import ImageBatch, Views
 from fastssl.metrics import Record, read_jsonl
-from fastssl.views import ViewSpec
+from fastssl.views import Photometric, ViewSpec
 
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#e377c2", "#8c564b", "#bcbd22", "#7f7f7f")
 """Of the views, in order; more views begin again."""
@@ -32,7 +32,8 @@ TITLE_ABOVE_EPOCHS = 24
 """Points."""
 
 
-def _write(path: Path, save: Callable[[Path], None]) -> None:
+def write(path: Path, save: Callable[[Path], None]) -> None:
+    """save(a temporary name), then rename it to `path`; nothing is left of a failure."""
     partial = path.with_name(path.name + ".partial")
     try:
         save(partial)
@@ -47,7 +48,7 @@ def _write(path: Path, save: Callable[[Path], None]) -> None:
 def save_views(batch: ImageBatch, views: Views, spec: ViewSpec, path: Path, samples: int = 6) -> None:
     """One row per sample: the source image with its boxes, then every view in the colour of its box.  Synchronises with the device."""
     count = min(samples, len(batch))
-    pixels = [_denormalise(x[:count], view.photometric) for x, view in zip(views.per_view(), spec, strict=True)]
+    shown = [(v, denormalise(x[:count], spec[v].photometric)) for v, x in pixels_of_views(views)]
     boxes, flips, index = views.boxes[:count].tolist(), views.flips[:count].tolist(), views.index[:count].tolist()
     sources = [Image.fromarray(batch.image(i).cpu().numpy()) for i in range(count)]
     scales = [CELL / source.height for source in sources]
@@ -55,7 +56,7 @@ def save_views(batch: ImageBatch, views: Views, spec: ViewSpec, path: Path, samp
     scales = [min(scale, 2 * CELL / source.width) for scale, source in zip(scales, sources, strict=True)]
     source_width = max([CELL, *(round(scale * source.width) for scale, source in zip(scales, sources, strict=True))])
 
-    width = 2 * MARGIN + source_width + len(spec) * (CELL + GAP)
+    width = 2 * MARGIN + source_width + len(shown) * (CELL + GAP)
     height = 2 * MARGIN + count * (CELL + CAPTION) + (count - 1) * GAP
     page = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
@@ -63,36 +64,50 @@ def save_views(batch: ImageBatch, views: Views, spec: ViewSpec, path: Path, samp
     for i, (source, scale) in enumerate(zip(sources, scales, strict=True)):
         top = MARGIN + i * (CELL + CAPTION + GAP)
         draw.text((MARGIN, top), f"#{index[i]}   {source.width} x {source.height} px", fill="black", font=font)
-        page.paste(_with_boxes(source, scale, boxes[i]), (MARGIN, top + CAPTION))
-        for v, view in enumerate(spec):
-            left = MARGIN + source_width + GAP + v * (CELL + GAP)
-            caption = f"view {v + 1}   {view.crop.size} px" + ("   flipped" if flips[i][v] else "")
+        page.paste(with_boxes(source, scale, enumerate(boxes[i])), (MARGIN, top + CAPTION))
+        for column, (v, pixels) in enumerate(shown):
+            left = MARGIN + source_width + GAP + column * (CELL + GAP)
+            caption = f"view {v + 1}   {pixels.shape[1]} px" + ("   flipped" if flips[i][v] else "")
             draw.text((left, top), caption, fill="black", font=font)
-            colour = COLOURS[v % len(COLOURS)]
-            draw.rectangle((left, top + CAPTION, left + CELL - 1, top + CAPTION + CELL - 1), fill=colour)
-            inner = CELL - 2 * FRAME
-            picture = Image.fromarray(pixels[v][i].numpy()).resize((inner, inner), Image.Resampling.BICUBIC)
-            page.paste(picture, (left + FRAME, top + CAPTION + FRAME))
-    _write(path, lambda partial: page.save(partial, format="PNG"))
+            page.paste(framed(picture(pixels[i]), CELL, v), (left, top + CAPTION))
+    write(path, lambda partial: page.save(partial, format="PNG"))
 
 
-def _denormalise(x: torch.Tensor, photometric) -> torch.Tensor:
-    """[n, 3, s, s] normalised -> uint8 [n, s, s, 3] on the host."""
+def pixels_of_views(views: Views) -> Iterator[tuple[int, torch.Tensor]]:
+    """(view id, [B, 3, s, s]) of every view in the declared order; a view handed out as patches comes once per patch."""
+    for group in views.groups:
+        yield from zip(group.views, group.pixels.chunk(len(group.views)), strict=True)
+
+
+def denormalise(x: torch.Tensor, photometric: Photometric) -> torch.Tensor:
+    """[n, 3, s, s] normalised -> float32 [n, s, s, 3] on the host, in grey levels: 0..255, not rounded."""
     mean, std = (torch.tensor(t)[:, None, None] for t in (photometric.mean, photometric.std))
-    return ((x.float().cpu() * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+    return ((x.float().cpu() * std + mean) * 255).permute(0, 2, 3, 1).contiguous()
 
 
-def _with_boxes(source: Image.Image, scale: float, boxes: list[list[float]]) -> Image.Image:
+def picture(levels: torch.Tensor) -> Image.Image:
+    """Grey levels [h, w, 3], any floats -> the nearest 8-bit image."""
+    return Image.fromarray(levels.round().clamp(0, 255).byte().numpy())
+
+
+def framed(image: Image.Image, side: int, v: int) -> Image.Image:
+    """The image in a frame of view v's colour, side x side pixels in all."""
+    inner = side - 2 * FRAME
+    return ImageOps.expand(image.resize((inner, inner), Image.Resampling.BICUBIC), FRAME, fill=COLOURS[v % len(COLOURS)])
+
+
+def with_boxes(source: Image.Image, scale: float, boxes: Iterable[tuple[int, Sequence[float]]]) -> Image.Image:
+    """The source, resized by `scale`, with outlines.  boxes: view id (its colour); top, left, height, width in source pixels."""
     size = max(1, round(scale * source.width)), max(1, round(scale * source.height))
-    picture = source.resize(size, Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture)
-    for v, (top, left, height, width) in enumerate(boxes):
+    resized = source.resize(size, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(resized)
+    for v, (top, left, height, width) in boxes:
         x0, y0 = round(scale * left), round(scale * top)
         x1 = min(max(round(scale * (left + width)) - 1, x0 + 1), size[0] - 1)
         y1 = min(max(round(scale * (top + height)) - 1, y0 + 1), size[1] - 1)
         corners = min(x0, x1), min(y0, y1), x1, y1
         draw.rectangle(corners, outline=COLOURS[v % len(COLOURS)], width=2)
-    return picture
+    return resized
 
 
 # ------------------------------------------------------------------------------------------------ curves.png
@@ -157,7 +172,7 @@ def save_curves(metrics_jsonl: Path, path: Path) -> None:
         epochs.tick_params(labelsize=8, colors="#777777")
         epochs.spines["top"].set_color("#bbbbbb")
         epochs.set_xlabel("epoch", fontsize=8, color="#777777")
-    _write(path, lambda partial: figure.savefig(partial, format="png"))
+    write(path, lambda partial: figure.savefig(partial, format="png"))
 
 
 def _series(records: list[Record]) -> dict[str, tuple[list[float], list[float]]]:

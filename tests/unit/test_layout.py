@@ -10,6 +10,7 @@ OURS = ("fastssl", "loaders", "convert", "eval", "train", "scripts", "benchmarks
 MAY_IMPORT = {
     "fastssl": ("fastssl",),
     "fastssl/bench": OURS,
+    "fastssl/augment/show.py": ("fastssl", "loaders.errors", "loaders.geometry", "loaders.images"),
     "loaders": ("loaders", "fastssl.views", "fastssl.rng", "fastssl.batch"),
     "convert": ("convert", "loaders", "fastssl.models"),
     "eval": ("eval", "fastssl", "loaders"),
@@ -32,8 +33,8 @@ def imported(source: str, module_level: bool = False) -> list[str]:
 
 
 def forbidden(file: str, source: str) -> list[str]:
-    """Imports of `source` that the rules of the package of `file` (a path below the root) do not allow."""
-    package = max((p for p in MAY_IMPORT if file.startswith(f"{p}/")), key=len)
+    """Imports of `source` that the rules for `file` (a path below the root), or else for its package, do not allow."""
+    package = max((p for p in MAY_IMPORT if file == p or file.startswith(f"{p}/")), key=len)
     allowed = MAY_IMPORT[package]
     ours = [name for name in imported(source) if name.startswith(".") or name.split(".")[0] in OURS]
     return [name for name in ours if not any(name == a or name.startswith(f"{a}.") for a in allowed)]
@@ -54,6 +55,8 @@ def test_imports(file):
         ("eval/x.py", "from convert.imagenet import scan"),
         ("fastssl/x.py", "from loaders.build import build_loader"),
         ("fastssl/methods/x.py", "from eval import knn"),
+        ("fastssl/augment/show.py", "from loaders.build import build_loader"),
+        ("fastssl/augment/blur.py", "from loaders.geometry import Geometry"),
         ("loaders/x.py", "from . import ring"),
     ],
 )

@@ -11,7 +11,7 @@ from PIL import Image, ImageColor
 
 from fastssl import pictures
 from fastssl.augment import Augmenter
-from fastssl.batch import ImageBatch
+from fastssl.batch import Group, ImageBatch
 from fastssl.pictures import CAPTION, CELL, COLOURS, FRAME, GAP, MARGIN, save_curves, save_views
 from fastssl.views import Crop, Photometric, View
 
@@ -23,19 +23,8 @@ def batch():
     """Two plain images of different sizes, the second taller than wide; view 2 of the first is mirrored."""
     one, two = np.full((40, 60, 3), (200, 40, 90), np.uint8), np.full((80, 30, 3), (20, 160, 250), np.uint8)
     one[:, 40:] = (0, 200, 0)
-    return ImageBatch(
-        pixels=torch.from_numpy(np.concatenate((one.ravel(), two.ravel()))),
-        offset=torch.tensor([0, one.size]),
-        height=torch.tensor([40, 80], dtype=torch.int32),
-        width=torch.tensor([60, 30], dtype=torch.int32),
-        pitch=torch.tensor([180, 90], dtype=torch.int32),
-        index=torch.tensor([7, 1281166]),
-        label=None,
-        boxes=torch.tensor([[[4, 4, 30, 30], [0, 0, 40, 60]], [[0, 0, 80, 30], [79, 29, 1, 1]]], dtype=torch.float32),
-        flips=torch.tensor([[False, True], [False, False]]),
-        epoch=0,
-        step=0,
-    )
+    boxes = [[[4, 4, 30, 30], [0, 0, 40, 60]], [[0, 0, 80, 30], [79, 29, 1, 1]]]
+    return ImageBatch.of([one, two], boxes, [[False, True], [False, False]], index=[7, 1281166])
 
 
 def cell(page, row, view, source_width):
@@ -77,6 +66,23 @@ def test_views_of_fewer_samples(batch, tmp_path):
     views = Augmenter(SPEC, device="cpu", dtype=torch.float32, seed=0)(batch)
     save_views(batch, views, SPEC, tmp_path / "one.png", samples=1)
     assert Image.open(tmp_path / "one.png").height == 2 * MARGIN + CELL + CAPTION
+
+
+def test_patches_stand_next_to_each_other(batch, tmp_path):
+    """A view handed out as patches has a column for each, normalised as the view and framed in its colour."""
+    views = Augmenter(SPEC, device="cpu", dtype=torch.float32, seed=0)(batch)
+    first, second = views.groups
+    grey = torch.tensor([0.1, 0.5, 0.9]).repeat_interleave(2).view(6, 1, 1, 1).expand(6, 3, 4, 4)
+    mean, std = (torch.tensor(t).view(3, 1, 1) for t in (SPEC[0].photometric.mean, SPEC[0].photometric.std))
+    views.groups = (Group(4, first.views * 3, (grey - mean) / std), second)
+    save_views(batch, views, SPEC, tmp_path / "views.png")
+    page = Image.open(tmp_path / "views.png").convert("RGB")
+    assert page.width == 2 * MARGIN + 240 + 4 * (CELL + GAP)
+    for row in range(2):
+        for column, (level, view) in enumerate([(26, 0), (128, 0), (230, 0), (None, 1)]):
+            shown = cell(page, row, column, 240)
+            assert (shown[: FRAME - 1] == ImageColor.getrgb(COLOURS[view])).all()
+            assert level is None or (np.abs(shown[FRAME:-FRAME, FRAME:-FRAME] - level) <= 1).all()
 
 
 def test_flips_are_marked(batch, tmp_path):
