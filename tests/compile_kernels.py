@@ -32,13 +32,13 @@ TYPES = {
 }
 TYPE = {name: kind for kind, names in TYPES.items() for name in names.split()}
 VIEWS = {"VIEWS": 2, "SIZE": 224, "CHANNELS_LAST": True}
-TILES = {"TILE": fused.TILE, "SPLIT": True}
+TILES = {"TILE": fused.TILE, "CHUNK": fused.CHUNK, "SPLIT": True}
 KERNELS = (
-    (fused.crop_kernel, {**VIEWS, **TILES, "CHUNK": fused.CHUNK, "JITTER": True, "BLUR": True}),
-    (fused.crop_kernel, {**VIEWS, **TILES, "CHUNK": fused.CHUNK, "JITTER": False, "BLUR": False}),
+    (fused.crop_kernel, {**VIEWS, **TILES, "JITTER": True, "BLUR": True}),
+    (fused.crop_kernel, {**VIEWS, **TILES, "JITTER": False, "BLUR": False}),
     (fused.colour_kernel, {**VIEWS, "TILES": 49, "BLOCK": fused.BLOCK, "BLUR": True, "SUMS": 64}),
     (fused.weights_kernel, {"SIZE": 224, "TAPS": 16, "LINES": fused.LINES}),
-    (fused.blur_kernel, {**VIEWS, **TILES, "CHUNK": fused.BLUR_CHUNK, "TAPS": 16}),
+    (fused.blur_kernel, {**VIEWS, **TILES, "TAPS": 16}),
     (draw_kernel, {"STREAM": 2, "LIMITS": 14, "BLOCK": SAMPLES}),
 )
 
@@ -49,9 +49,13 @@ def main() -> None:
     for kernel, constants in KERNELS:
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else TYPE[name] for name in names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") and n != "pixels"}
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, n in enumerate(names)
+            if signature[n][0] == "*" and not kernel.params[i].do_not_specialize
+        }
         source = ASTSource(kernel, signature, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=aligned)
-        compiled = triton.compile(source, target=target)
+        compiled = triton.compile(source, target=target, options={"num_warps": fused.WARPS if "TILE" in constants else 4})
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()

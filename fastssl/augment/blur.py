@@ -2,8 +2,8 @@
 
 An extended box of radius l + a has 2l + 1 full taps and one of weight a at each end.  l and a are such that three passes
 have the variance asked for.  Because every pass replicates the edges anew, the three passes are not one convolution near
-the border; they are one matrix.  So a sample's blur is M x M^T with M = E^3 [s, s]: exact at the edges, any sigma, static
-shapes, two batched products.
+the border; they are one matrix per axis.  So a sample's blur is M_h x M_w^T with M = E^3 [size, size]: exact at the edges, any
+sigma, static shapes, two batched products.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def box_radius(sigma: Tensor) -> tuple[Tensor, Tensor]:
     return whole, edge
 
 
-def blur_matrix(sigma: Tensor, size: int) -> Tensor:
-    """[N] -> [N, size, size], row y = the weights of the input lines in output line y; the identity where sigma is 0."""
+def box_matrix(sigma: Tensor, size: int) -> Tensor:
+    """[N] -> [N, size, size], row y = the weights of the input lines in output line y after one of the passes."""
     whole, edge = (t[:, None, None] for t in box_radius(sigma.double()))
     line = torch.arange(size, device=sigma.device, dtype=torch.float64)
     # cumulative weight of the box up to a distance: what lies beyond the first and last line falls onto them
@@ -40,11 +40,18 @@ def blur_matrix(sigma: Tensor, size: int) -> Tensor:
     first = line[None, None, :] == 0
     upper = torch.where(last, 1.0, up_to(step))
     lower = torch.where(first, 0.0, up_to(step - 1))
-    box = (upper - lower).float()
+    return (upper - lower).float()
+
+
+def blur_matrix(sigma: Tensor, size: int) -> Tensor:
+    """[N] -> [N, size, size]: all passes along one axis; the identity where sigma is 0."""
+    box = box_matrix(sigma, size)
     return box @ box @ box
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """x [N, 3, s, s] float, sigma float32 [N] pixels -> blurred; samples with sigma 0 come back unchanged."""
-    m = blur_matrix(sigma, x.shape[-1])[:, None]
-    return torch.where((sigma > 0).view(-1, 1, 1, 1), m @ x @ m.mT, x)
+    """x [N, 3, h, w] float, sigma float32 [N] pixels -> blurred; samples with sigma 0 come back unchanged."""
+    height, width = x.shape[-2:]
+    across = blur_matrix(sigma, width)[:, None]
+    down = across if height == width else blur_matrix(sigma, height)[:, None]
+    return torch.where((sigma > 0).view(-1, 1, 1, 1), down @ x @ across.mT, x)

@@ -50,13 +50,13 @@ def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of the HSV cone by `shift` turns; value and saturation stay."""
+    """Turn the hue of the HSV cone by `shift` turns, cut to whole 255ths as torchvision does; value and saturation stay."""
     r, g, b = x.unbind(1)
     top, bottom = x.amax(1), x.amin(1)
     chroma = top - bottom
     scale = 1 / torch.where(chroma > 0, chroma, 1.0)
     sixths = torch.where(top == r, (g - b) * scale, torch.where(top == g, 2 + (b - r) * scale, 4 + (r - g) * scale))
-    sixths = sixths + 6 * shift.view(-1, 1, 1)
+    sixths = sixths + 6 / 255 * (255 * shift).trunc().view(-1, 1, 1)
 
     def channel(offset: int) -> Tensor:
         k = sixths + offset

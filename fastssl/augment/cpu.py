@@ -64,6 +64,39 @@ def _axis(start, length, high, size, bicubic, mirror):
 
 
 @kernel
+def _rows_first(box_h, box_w, height, width, size, bicubic, whole):
+    """resample.rows_first; bilinear gives the same either way and takes what touches fewer lines."""
+    if not bicubic:
+        return box_h > size
+    full_h, full_w = (height, width) if whole else (int(box_h), int(box_w))
+    new_h, new_w = np.rint(full_h * size / box_h), np.rint(full_w * size / box_w)
+    return full_h > new_h and full_h - new_h > 2 * (full_w - new_w)
+
+
+@kernel
+def _clip(row):
+    for i in range(row.size):
+        row[i] = min(max(row[i], ZERO), TOP)
+
+
+@kernel
+def _across(out, line, first, count, weight, begin):
+    """One line of interleaved pixels from source column `begin` on -> out[c, x] of one output line."""
+    for x in range(out.shape[1]):
+        red, green, blue = ZERO, ZERO, ZERO
+        at = 3 * (first[x] - begin)
+        for t in range(count[x]):
+            w = weight[x, t]
+            red += w * F(line[at])
+            green += w * F(line[at + 1])
+            blue += w * F(line[at + 2])
+            at += 3
+        out[0, x] = min(max(red, ZERO), TOP)
+        out[1, x] = min(max(green, ZERO), TOP)
+        out[2, x] = min(max(blue, ZERO), TOP)
+
+
+@kernel
 def _resample(out, pixels, offset, pitch, height, width, box, flip, bicubic, whole):
     """Crop, resize and flip one image into out [3, s, s], 0..255."""
     size = out.shape[1]
@@ -72,23 +105,26 @@ def _resample(out, pixels, offset, pitch, height, width, box, flip, bicubic, who
     high_y, high_x = (height, width) if whole else (int(top + box_h), int(left + box_w))
     first_x, count_x, weight_x = _axis(left - low_x, box_w, high_x - low_x, size, bicubic, flip)
     first_y, count_y, weight_y = _axis(top - low_y, box_h, high_y - low_y, size, bicubic, False)
+    begin_x, end_x = first_x.min(), (first_x + count_x).max()
+    corner = offset + low_y * pitch + 3 * (low_x + begin_x)
+    if _rows_first(box_h, box_w, height, width, size, bicubic, whole):
+        line = np.empty(3 * (end_x - begin_x), np.float32)
+        for y in range(size):
+            line[:] = ZERO
+            for t in range(count_y[y]):
+                w = weight_y[y, t]
+                at = corner + (first_y[y] + t) * pitch
+                for i in range(line.size):
+                    line[i] += w * F(pixels[at + i])
+            _clip(line)
+            _across(out[:, y], line, first_x, count_x, weight_x, begin_x)
+        return
     begin = first_y[0]
     rows = first_y[size - 1] + count_y[size - 1] - begin
     lines = np.empty((rows, 3, size), np.float32)
     for r in range(rows):
-        base = offset + (low_y + begin + r) * pitch + 3 * low_x
-        for x in range(size):
-            red, green, blue = ZERO, ZERO, ZERO
-            at = base + 3 * first_x[x]
-            for t in range(count_x[x]):
-                w = weight_x[x, t]
-                red += w * F(pixels[at])
-                green += w * F(pixels[at + 1])
-                blue += w * F(pixels[at + 2])
-                at += 3
-            lines[r, 0, x] = min(max(red, ZERO), TOP)
-            lines[r, 1, x] = min(max(green, ZERO), TOP)
-            lines[r, 2, x] = min(max(blue, ZERO), TOP)
+        at = corner + (begin + r) * pitch
+        _across(lines[r], pixels[at : at + 3 * (end_x - begin_x)], first_x, count_x, weight_x, begin_x)
     for c in range(3):
         for y in range(size):
             row = out[c, y]
@@ -98,8 +134,7 @@ def _resample(out, pixels, offset, pitch, height, width, box, flip, bicubic, who
                 src = lines[first_y[y] - begin + t, c]
                 for x in range(size):
                     row[x] += w * src[x]
-            for x in range(size):
-                row[x] = min(max(row[x], ZERO), TOP)
+            _clip(row)
 
 
 @kernel
@@ -141,6 +176,7 @@ def _channel(sixths, top, chroma):
 
 @kernel
 def _hue(r, g, b, shift):
+    shift = np.trunc(TOP * shift) / TOP
     for i in range(r.size):
         red, green, blue = r[i], g[i], b[i]
         top = max(max(red, green), blue)

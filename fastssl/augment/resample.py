@@ -4,6 +4,8 @@ Output pixel y of an axis looks at source position start + (y + 0.5) * scale, sc
 filter stretched by max(scale, 1), sampled at pixel centres, cut off at [low, high) and normalised.  A `Crop` is cut before
 it is resized, so [low, high) is its box; a `CenterCrop` is resized before it is cut, so [low, high) is the whole image.
 
+Both passes are cut off at 0 and 255, so where bicubic overshoots it matters which comes first: `rows_first`.
+
 The torch form writes the weights of both axes as matrices, so a crop is W_y x W_x^T: batched products without a bound on
 the number of taps.  It is the reference, and what runs on CUDA; a CPU takes the numba kernel (augment/cpu.py).
 """
@@ -50,6 +52,14 @@ def axis_weights(start: Tensor, length: Tensor, low: Tensor, high: Tensor, size:
     return weight / weight.sum(-1, keepdim=True)
 
 
+def rows_first(height: Tensor, width: Tensor, new_height: Tensor, new_width: Tensor) -> Tensor:
+    """Whether Pillow 13 resizes along y before x (found by comparing it with both orders; before version 13 it never did).
+
+    Sizes [n] in pixels before and after, of what is resized: the box of a `Crop`, the whole image of a `CenterCrop`.
+    """
+    return (height > new_height) & (height - new_height > 2 * (width - new_width))
+
+
 def largest_image(batch: ImageBatch) -> tuple[int, int]:
     """Largest height and width of the batch. Without the loader's host copy it is read from the device, which synchronises."""
     return batch.max_hw or (int(batch.height.max()), int(batch.width.max()))
@@ -70,21 +80,32 @@ def resample(batch: ImageBatch, views: tuple[int, ...], size: int, bicubic: Tens
     high_y = torch.where(whole, height, (top + box_h).long())
     high_x = torch.where(whole, width, (left + box_w).long())
 
-    rows, cols = largest_image(batch)
-    y, x, channel = (torch.arange(n, device=boxes.device) for n in (rows, cols, 3))
+    # What is resized, and to what: a CenterCrop's box is its share of the whole.
+    full_h, full_w = torch.where(whole, height, box_h.long()), torch.where(whole, width, box_w.long())
+    swap = bicubic & rows_first(full_h, full_w, (full_h * size / box_h).round(), (full_w * size / box_w).round())
+
+    def first_and_second(x: Tensor | int, y: Tensor | int) -> tuple[Tensor, Tensor]:
+        return torch.where(swap, y, x), torch.where(swap, x, y)
+
+    start, length = first_and_second(left, top), first_and_second(box_w, box_h)
+    low, high = first_and_second(low_x, low_y), first_and_second(high_x, high_y)
+    step, mirrored = first_and_second(3, pitch), first_and_second(flips, torch.zeros_like(flips))
+
+    extent = max(largest_image(batch))
+    k, channel = (torch.arange(n, device=boxes.device) for n in (extent, 3))
     parts = []
-    chunk = max(1, CHUNK_BYTES // (12 * rows * cols))
+    chunk = max(1, CHUNK_BYTES // (12 * extent**2))
     for begin in range(0, len(boxes), chunk):
         n = slice(begin, begin + chunk)
         # pixels past the window repeat its last line: they are inside the buffer and have weight 0
-        row = torch.minimum(low_y[n, None] + y, high_y[n, None] - 1) * pitch[n, None] + offset[n, None]
-        col = torch.minimum(low_x[n, None] + x, high_x[n, None] - 1) * 3
-        window = batch.pixels[row[:, :, None, None] + channel[:, None] + col[:, None, None, :]].float()  # [n, rows, 3, cols]
-        across = axis_weights(left[n], box_w[n], low_x[n], high_x[n], size, cols, bicubic[n])
-        across = torch.where(flips[n, None, None], across.flip(1), across)
-        down = axis_weights(top[n], box_h[n], low_y[n], high_y[n], size, rows, bicubic[n])
-        # horizontal first and clamped in between, as Pillow's 8-bit passes
-        lines = torch.bmm(window.flatten(1, 2), across.mT).clamp(0, 255)
-        out = torch.bmm(down, lines.view(len(window), rows, 3 * size)).clamp(0, 255)
-        parts.append(out.view(-1, size, 3, size).transpose(1, 2))
+        at = [torch.minimum(low[a][n, None] + k, high[a][n, None] - 1) * step[a][n, None] for a in (0, 1)]
+        lines = at[1] + offset[n, None]
+        window = batch.pixels[lines[:, :, None, None] + channel[:, None] + at[0][:, None, None, :]].float()  # [n, second, 3, first]
+        first, second = (axis_weights(start[a][n], length[a][n], low[a][n], high[a][n], size, extent, bicubic[n]) for a in (0, 1))
+        first, second = (torch.where(mirrored[a][n, None, None], w.flip(1), w) for a, w in enumerate((first, second)))
+        # clamped in between, as Pillow's 8-bit passes
+        lines = torch.bmm(window.flatten(1, 2), first.mT).clamp(0, 255)
+        out = torch.bmm(second, lines.view(len(window), extent, 3 * size)).clamp(0, 255)
+        out = out.view(-1, size, 3, size).transpose(1, 2)
+        parts.append(torch.where(swap[n, None, None, None], out.mT, out))
     return torch.cat(parts).contiguous()

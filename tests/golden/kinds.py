@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from tests.golden import byol_family, data_rules, evaluation
+from tests.golden import augmentation, byol_family, data_rules, evaluation
 
-KINDS = {**byol_family.KINDS, **data_rules.KINDS, **evaluation.KINDS}
+KINDS = {**augmentation.KINDS, **byol_family.KINDS, **data_rules.KINDS, **evaluation.KINDS}
 
 # Kinds whose issues are not built yet.
 PENDING = frozenset(
     """
     auh/dist auh/loss auh/projector
-    dino/aug_ops dino/head dino/knn dino/linear dino/loss dino/loss_dist dino/multicrop dino/optim dino/schedules dino/trainloop
+    dino/head dino/knn dino/linear dino/loss dino/loss_dist dino/multicrop dino/optim dino/schedules dino/trainloop
     dino/vit_forward dino/vit_posembed
     ibot/head ibot/knn ibot/lars ibot/layerdecay ibot/loss ibot/mask_block ibot/mask_stats ibot/posembed ibot/schedules ibot/step
     ibot/vit
@@ -19,14 +19,14 @@ PENDING = frozenset(
     mocov3/loss mocov3/posembed mocov3/sched mocov3/step mocov3/vit_forward mocov3/vit_init
     scfs/head scfs/search scfs/shallow_loss scfs/step scfs/trainloop
     sere/grid sere/heads sere/loss sere/step
-    sfrik/augops sfrik/dist sfrik/headsched sfrik/kernel sfrik/knn sfrik/lars sfrik/logreg sfrik/lr sfrik/obow sfrik/patchgrid
+    sfrik/dist sfrik/headsched sfrik/kernel sfrik/knn sfrik/lars sfrik/logreg sfrik/lr sfrik/obow
     sfrik/projector sfrik/resnet sfrik/swav sfrik/train sfrik/twoview
     simclr/dist simclr/loss simclr/projector
     transfer/anchors transfer/boxcoder transfer/d2model_c4_mask transfer/d2model_fpn_mask transfer/d2params transfer/keymap
     transfer/mask transfer/matcher transfer/miou transfer/photo transfer/pooler transfer/precisebn transfer/resize transfer/roi
     transfer/rpn transfer/sched transfer/seghead transfer/slide transfer/vocap
     vicreg/dist vicreg/loss vicreg/projector
-    w2ssl/aug w2ssl/branches w2ssl/d2keys w2ssl/decouple w2ssl/dist w2ssl/lars w2ssl/montage w2ssl/reference_curves
+    w2ssl/branches w2ssl/d2keys w2ssl/decouple w2ssl/dist w2ssl/lars w2ssl/montage w2ssl/reference_curves
     w2ssl/resnet50 w2ssl/sched w2ssl/step w2ssl/supclu
     """.split()
 )

@@ -51,8 +51,8 @@ def difference(batch: ImageBatch, spec: ViewSpec, seed: int = 2) -> float:
 DIFFERENT = {RECIPES[name](): name for name in reversed(RECIPES)}
 
 
-@pytest.mark.parametrize("name", DIFFERENT.values())
-def test_every_recipe(name: str):
+@pytest.mark.parametrize("name", ["byol", "dino", "obow", "w2ssl_quad", "eval_bicubic"])
+def test_recipes_in_small(name: str):
     spec = small(RECIPES[name]())
     assert difference(batch_of(spec, images(2, seed=len(name))), spec) <= RECIPE
 

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["FusedDraws", "render"]
 
-TILE, CHUNK, BLUR_CHUNK = 32, 32, 16
-"""Side of an output tile, and how many source lines and columns are multiplied at a time."""
+TILE, CHUNK, WARPS = 32, 16, 2
+"""Side of an output tile, how many source lines and columns are multiplied at a time, and warps per program.
+
+Tensor cores give a warp 16 rows of a product, and all warps share its rows: with more than TILE / 16 they would repeat each other.
+"""
 BLOCK, LINES = 1024, 16
 """Pixels, and lines of the blur's weights, per program of the point-wise kernels."""
 
@@ -69,6 +72,7 @@ def render(batch: ImageBatch, plan: GroupPlan, params: ColourParams, *, dtype: t
         JITTER=plan.jitter,
         BLUR=plan.blur,
         SPLIT=split(device),
+        num_warps=WARPS,
     )
     if plan.jitter:
         colour_kernel[(n * math.ceil(size * size / BLOCK),)](
@@ -87,9 +91,10 @@ def render(batch: ImageBatch, plan: GroupPlan, params: ColourParams, *, dtype: t
             *(out, mid, table, sigma, solarize, *where, b),
             **common,
             TILE=TILE,
-            CHUNK=BLUR_CHUNK,
+            CHUNK=CHUNK,
             TAPS=reach,
             SPLIT=split(device),
+            num_warps=WARPS,
         )
     return out
 

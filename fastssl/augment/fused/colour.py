@@ -52,7 +52,9 @@ def adjust(r, g, b, op, brightness, contrast, saturation, hue, mean):
         chroma = top - bottom
         scale = 1.0 / tl.where(chroma > 0.0, chroma, 1.0)
         at_green, at_blue = 2.0 + (b - r) * scale, 4.0 + (r - g) * scale
-        sixths = tl.where(top == r, (g - b) * scale, tl.where(top == g, at_green, at_blue)) + 6.0 * hue
+        sixths = tl.where(top == r, (g - b) * scale, tl.where(top == g, at_green, at_blue)) + 6.0 / 255.0 * (255.0 * hue).to(tl.int32).to(
+            tl.float32
+        )
         r, g, b = hue_channel(sixths + 5.0, top, chroma), hue_channel(sixths + 3.0, top, chroma), hue_channel(sixths + 1.0, top, chroma)
     return r, g, b
 

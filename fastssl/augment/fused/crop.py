@@ -65,43 +65,56 @@ def crop_kernel(
     low_y, low_x = tl.where(uncut, 0, top.to(tl.int32)), tl.where(uncut, 0, left.to(tl.int32))
     high_y = tl.where(uncut, tl.load(height + i), (top + box_h).to(tl.int32))
     high_x = tl.where(uncut, tl.load(width + i), (left + box_w).to(tl.int32))
-    # mirrored: output x shows what output SIZE - 1 - x would
-    first_x = tl.where(flip, SIZE - TILE - x0, x0)
-    begin_x, end_x, centre_x, scale_x, narrow_x = axis(left, box_w, low_x, high_x, first_x, cubic, SIZE, TILE)
-    begin_y, end_y, centre_y, scale_y, narrow_y = axis(top, box_h, low_y, high_y, y0, cubic, SIZE, TILE)
-    centres_x = centre_x + tl.where(flip, TILE - 1 - lane, lane) * scale_x
-    centres_y = centre_y + lane * scale_y
+    # Pillow's order of the passes (resample.rows_first) matters for bicubic only; here are the two axes in that order
+    full_h, full_w = tl.where(uncut, high_y.to(tl.float32), box_h), tl.where(uncut, high_x.to(tl.float32), box_w)
+    less_h, less_w = full_h - tl.floor(full_h * SIZE / box_h + 0.5), full_w - tl.floor(full_w * SIZE / box_w + 0.5)
+    rows_first = cubic & (less_h > 0.0) & (less_h > 2.0 * less_w)
     line = tl.load(pitch + i)
+    step_1, step_2 = tl.where(rows_first, line, 3), tl.where(rows_first, 3, line)
+    start_1, start_2 = tl.where(rows_first, top, left), tl.where(rows_first, left, top)
+    length_1, length_2 = tl.where(rows_first, box_h, box_w), tl.where(rows_first, box_w, box_h)
+    low_1, low_2 = tl.where(rows_first, low_y, low_x), tl.where(rows_first, low_x, low_y)
+    high_1, high_2 = tl.where(rows_first, high_y, high_x), tl.where(rows_first, high_x, high_y)
+    to_1, to_2 = tl.where(rows_first, y0, x0), tl.where(rows_first, x0, y0)
+    # mirrored: output x shows what output SIZE - 1 - x would
+    flip_1, flip_2 = flip & (rows_first == 0), flip & rows_first
+    to_1, to_2 = tl.where(flip_1, SIZE - TILE - to_1, to_1), tl.where(flip_2, SIZE - TILE - to_2, to_2)
+    begin_1, end_1, centre_1, scale_1, narrow_1 = axis(start_1, length_1, low_1, high_1, to_1, cubic, SIZE, TILE)
+    begin_2, end_2, centre_2, scale_2, narrow_2 = axis(start_2, length_2, low_2, high_2, to_2, cubic, SIZE, TILE)
+    centres_1 = centre_1 + tl.where(flip_1, TILE - 1 - lane, lane) * scale_1
+    centres_2 = centre_2 + tl.where(flip_2, TILE - 1 - lane, lane) * scale_2
     base = pixels + tl.load(offset + i) + low_y.to(tl.int64) * line + 3 * low_x
 
     r = tl.zeros([TILE, TILE], tl.float32)
     g, b = r, r
-    total_y = tl.zeros([TILE], tl.float32)
-    for y in range(begin_y, end_y, CHUNK):
-        rows = y + k
-        across_r = tl.zeros([TILE, CHUNK], tl.float32)
-        across_g, across_b = across_r, across_r
-        total_x = tl.zeros([TILE], tl.float32)
-        for x in range(begin_x, end_x, CHUNK):
-            cols = x + k
-            w = filter_weight(((cols - begin_x)[None, :] + 0.5 - centres_x[:, None]) * narrow_x, cubic)
-            w = tl.where((cols < end_x)[None, :], w, 0.0)
-            total_x += tl.sum(w, 1)
-            source = base + rows[:, None] * line + 3 * cols[None, :]
-            inside = (rows < end_y)[:, None] & (cols < end_x)[None, :]
-            across_r = product(w, tl.trans(tl.load(source, mask=inside, other=0).to(tl.float32)), across_r, SPLIT, True)
-            across_g = product(w, tl.trans(tl.load(source + 1, mask=inside, other=0).to(tl.float32)), across_g, SPLIT, True)
-            across_b = product(w, tl.trans(tl.load(source + 2, mask=inside, other=0).to(tl.float32)), across_b, SPLIT, True)
-        w = filter_weight(((rows - begin_y)[:, None] + 0.5 - centres_y[None, :]) * narrow_y, cubic)
-        w = tl.where((rows < end_y)[:, None], w, 0.0)
-        total_y += tl.sum(w, 0)
-        # horizontal first and clipped in between, as Pillow's 8-bit passes; outputs beyond the border have no weight at all
-        gain = (1.0 / tl.maximum(total_x, 1e-6))[:, None]
-        r = product(clip(across_r * gain), w, r, SPLIT)
-        g = product(clip(across_g * gain), w, g, SPLIT)
-        b = product(clip(across_b * gain), w, b, SPLIT)
-    gain = (1.0 / tl.maximum(total_y, 1e-6))[None, :]
+    weights_2 = tl.zeros([CHUNK, TILE], tl.float32)
+    for second in range(begin_2, end_2, CHUNK):
+        k_2 = second + k
+        half_r = tl.zeros([TILE, CHUNK], tl.float32)
+        half_g, half_b = half_r, half_r
+        weights_1 = tl.zeros([TILE, CHUNK], tl.float32)
+        for first in range(begin_1, end_1, CHUNK):
+            k_1 = first + k
+            w = filter_weight(((k_1 - begin_1)[None, :] + 0.5 - centres_1[:, None]) * narrow_1, cubic)
+            w = tl.where((k_1 < end_1)[None, :], w, 0.0)
+            weights_1 += w
+            source = base + k_2[:, None] * step_2 + k_1[None, :] * step_1
+            inside = (k_2 < end_2)[:, None] & (k_1 < end_1)[None, :]
+            half_r = product(w, tl.trans(tl.load(source, mask=inside, other=0)), half_r, SPLIT, True)
+            half_g = product(w, tl.trans(tl.load(source + 1, mask=inside, other=0)), half_g, SPLIT, True)
+            half_b = product(w, tl.trans(tl.load(source + 2, mask=inside, other=0)), half_b, SPLIT, True)
+        w = filter_weight(((k_2 - begin_2)[:, None] + 0.5 - centres_2[None, :]) * narrow_2, cubic)
+        w = tl.where((k_2 < end_2)[:, None], w, 0.0)
+        weights_2 += w
+        # clipped in between, as Pillow's 8-bit passes; outputs beyond the border have no weight at all
+        gain = (1.0 / tl.maximum(tl.sum(weights_1, 1), 1e-6))[:, None]
+        r = product(clip(half_r * gain), w, r, SPLIT)
+        g = product(clip(half_g * gain), w, g, SPLIT)
+        b = product(clip(half_b * gain), w, b, SPLIT)
+    gain = (1.0 / tl.maximum(tl.sum(weights_2, 0), 1e-6))[None, :]
     r, g, b = clip(r * gain), clip(g * gain), clip(b * gain)
+    if rows_first:
+        r, g, b = tl.trans(r), tl.trans(g), tl.trans(b)
 
     xs, ys = (x0 + lane)[:, None], (y0 + lane)[None, :]
     ok = (xs < SIZE) & (ys < SIZE)
