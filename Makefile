@@ -43,8 +43,9 @@ convert-imagenet: $(if $(IMAGENET),$(READY))  ## class folders, the official tar
 	@test -n "$(IMAGENET)" || { echo "Say where ImageNet is (the folder with train/ and val/, or with its tars): make convert-imagenet IMAGENET=/data/ILSVRC2012" >&2; exit 2; }
 	@$(PY) -m convert.imagenet --source "$(IMAGENET)" --out "$(OUT)" $(if $(FORMAT),--format "$(FORMAT)") $(ARGS)
 
-bench: $(READY)  ## what the loader reaches, next to its ceiling and to other loaders    [BETON=data/imagenet/train.beton]
+bench: $(READY)  ## what loader and augmentation reach, next to their bounds and to other libraries    [BETON=data/imagenet/train.beton]
 	@$(PY) -m fastssl.bench loader $(if $(BETON),--path "$(BETON)")
+	@$(PY) -m fastssl.bench augment
 
 gpu-check: $(READY)  ## GPU tests and benchmarks, one JSON in benchmarks/results; without CUDA it says so    [BETON=]
 	@$(PY) -m scripts.gpu_check $(if $(BETON),--beton "$(BETON)")

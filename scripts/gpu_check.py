@@ -37,9 +37,9 @@ def gpu_tests(folder: Path) -> dict[str, object]:
     return {"tests": len(cases), "skipped": skipped, "failed": failed}
 
 
-def loader_bench(beton: Path, folder: Path) -> dict | str:
-    out = folder / "loader.json"
-    done = subprocess.run([sys.executable, "-m", "fastssl.bench", "loader", "--path", str(beton), "--out", str(out)])
+def bench(name: str, folder: Path, *flags: str) -> dict | str:
+    out = folder / f"{name}.json"
+    done = subprocess.run([sys.executable, "-m", "fastssl.bench", name, *flags, "--out", str(out)])
     return json.loads(out.read_text()) if done.returncode == 0 else f"ended with status {done.returncode}"
 
 
@@ -55,7 +55,9 @@ def main() -> None:
         if not beton.is_file():
             convert_imagenet(write_tiles(DATA / "tiles"), DATA)
     with tempfile.TemporaryDirectory() as name:
-        tests, loader = gpu_tests(Path(name)), loader_bench(beton, Path(name))
+        folder = Path(name)
+        tests = gpu_tests(folder)
+        benches = {"augment": bench("augment", folder), "loader": bench("loader", folder, "--path", str(beton))}
     device = torch.cuda.get_device_name(0)
     result = {
         "date": time.strftime("%Y-%m-%d"),
@@ -63,14 +65,14 @@ def main() -> None:
         "devices": torch.cuda.device_count(),
         "versions": versions(),
         "tests": tests,
-        "loader": loader,
+        **benches,
         "beton": str(beton),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"gpu_{re.sub(r'[^a-z0-9]+', '_', device.lower())}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"gpu-check: {tests['tests']} tests, {len(tests['failed'])} failed; {path}")
-    sys.exit(bool(tests["failed"]) or isinstance(loader, str))
+    sys.exit(bool(tests["failed"]) or any(isinstance(found, str) for found in benches.values()))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib import import_module
 
 import tyro
 
-from fastssl.bench import loader
 from loaders.errors import DataError
 
-BENCHES = {"loader": loader.bench}
+BENCHES = ("augment", "loader")
+"""Modules with a function `bench`.  Only the one that is asked for is imported: no bench needs what another one measures."""
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     if name not in BENCHES:
         sys.exit(f"usage: python -m fastssl.bench {{{','.join(BENCHES)}}} [flags]; --help after the name lists its flags")
     try:
-        tyro.cli(BENCHES[name], args=flags, prog=f"python -m fastssl.bench {name}")
+        tyro.cli(import_module(f"fastssl.bench.{name}").bench, args=flags, prog=f"python -m fastssl.bench {name}")
     except DataError as error:
         sys.exit(f"error: {error}")
 

@@ -8,13 +8,12 @@ import os
 import platform
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
 from fastssl.bench import yardsticks as known
 from fastssl.bench.clock import Rate
-from fastssl.bench.plot import save_plot
 from fastssl.checkpoint import versions
 
 _NEAR = 0.85
@@ -210,12 +209,10 @@ def file(out: Path) -> Path:
     """The JSON file for --out, which is that file or a folder."""
     if out.suffix == ".json":
         return out
-    words = re.sub(r"\((r|tm)\)|\bcpu\b|\bprocessor\b|\d+-core|@.*", " ", cpu_name().lower())
-    slug = "_".join(re.findall(r"[a-z0-9]+", words))
-    return out / f"loader_{len(os.sched_getaffinity(0))}cores_{slug}.json"
+    return out / f"loader_{len(os.sched_getaffinity(0))}cores_{slug(cpu_name())}.json"
 
 
-def write(result: dict, path: Path) -> None:
+def write(result: dict, path: Path, save_plot: Callable[[dict, Path], None]) -> None:
     """The JSON, and the plot of the same name; never half a file."""
     for target, save in (
         (path, lambda p: p.write_text(json.dumps(result, indent=1) + "\n")),
@@ -227,3 +224,9 @@ def write(result: dict, path: Path) -> None:
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def slug(device: str) -> str:
+    """A device's name as part of a file's."""
+    words = re.sub(r"\((r|tm)\)|\bcpu\b|\bprocessor\b|\d+-core|@.*", " ", device.lower())
+    return "_".join(re.findall(r"[a-z0-9]+", words))
