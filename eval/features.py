@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ from tqdm import tqdm
 
 from fastssl.batch import ImageBatch, Views
 from fastssl.checkpoint import FORMAT, CheckpointError
+from fastssl.models.backbones import ARCHITECTURES, build_backbone
 from fastssl.models.features import Backbone
-from fastssl.models.resnet import ARCHITECTURES, build_backbone
 
-KNOWN = "a run's checkpoint_last.pt or backbone.safetensors, a torchvision state dict (.pt, .pth or .safetensors), or random:ARCH[:SEED]"
+KNOWN = (
+    "a run's checkpoint_last.pt or backbone.safetensors, a state dict of torchvision's ResNets or timm's ViTs (.pt, .pth or "
+    ".safetensors), or random:ARCH[:SEED]"
+)
 
 
 @dataclass
@@ -42,18 +46,18 @@ class Bank:
 
 
 def load_backbone(
-    checkpoint: str, *, arch: str | None = None, network: Literal["online", "target"] = "online"
+    checkpoint: str, *, arch: str | None = None, network: Literal["auto", "online", "target"] = "auto"
 ) -> tuple[Backbone, dict[str, object]]:
     """The backbone of `checkpoint` in eval mode on the CPU, and what it is.
 
     checkpoint  one of `KNOWN`
     arch        the architecture expected; None takes the one whose names and shapes the weights have
-    network     which network of a training checkpoint
+    network     which network of a training checkpoint; auto: the one that its method is evaluated by
 
     The description has: source (run, weights, random), arch, method, step (None where unknown), network, dropped (names of
     the weights that were not used).  CheckpointError when the file is missing, unreadable, or fits no backbone exactly.
     """
-    about: dict[str, object] = {"source": "weights", "arch": arch, "method": None, "step": None, "network": network, "dropped": []}
+    about: dict[str, object] = {"source": "weights", "arch": arch, "method": None, "step": None, "network": "online", "dropped": []}
     if checkpoint.startswith("random:"):
         return _random(checkpoint, arch, about)
     path = Path(checkpoint)
@@ -66,7 +70,7 @@ def load_backbone(
         if network == "target":
             raise CheckpointError(f"{path} holds one network only. Ask for the online one, or give the run's checkpoint_last.pt.")
         state = saved
-        about["dropped"] = sorted(name for name in state if name.startswith("fc."))
+        about["dropped"] = sorted(name for name in state if name.startswith(("fc.", "head.")))
         about["step"] = int(metadata["step"]) if "step" in metadata else None
     state = {name: t for name, t in state.items() if name not in about["dropped"]}
     about["arch"] = _architecture(path, state, arch)
@@ -109,10 +113,11 @@ def _of_run(path: Path, saved: dict, network: str, about: dict) -> dict[str, Ten
         raise CheckpointError(
             f"{path} has the format {saved['format']}, this version reads {FORMAT}. Evaluate it with the version that wrote it."
         )
+    network = saved.get("evaluated", "online") if network == "auto" else network
     prefix = saved["backbone_prefix"] if network == "online" else saved["target_backbone_prefix"]
     if prefix is None:
         raise CheckpointError(f"{path} is of the method {saved['method']}, which has no target network. Ask for the online network.")
-    about |= {"source": "run", "method": saved["method"], "step": saved["step"]}
+    about |= {"source": "run", "network": network, "method": saved["method"], "step": saved["step"]}
     return {name.removeprefix(prefix): t for name, t in saved["model"].items() if name.startswith(prefix)}
 
 
@@ -124,7 +129,7 @@ def _architecture(path: Path, state: dict[str, Tensor], expected: str | None) ->
     problems = {}
     for arch in ARCHITECTURES:
         with torch.device("meta"):
-            want = build_backbone(arch).state_dict()
+            want = build_backbone(arch, image_size=_table_size(state)).state_dict()
         missing = sorted(n for n in want.keys() - state.keys() if not n.endswith("num_batches_tracked"))
         unexpected = sorted(state.keys() - want.keys())
         reshaped = [n for n in want.keys() & state.keys() if want[n].shape != state[n].shape]
@@ -143,8 +148,17 @@ def _architecture(path: Path, state: dict[str, Tensor], expected: str | None) ->
     raise CheckpointError(f"{path} fits no backbone exactly. Closest is {nearest}: {shown}. Give {KNOWN}.")
 
 
+def _table_size(state: dict[str, Tensor]) -> int:
+    """Pixels a side of the images whose patches a ViT's position table counts; 224 for other weights."""
+    table, patches = state.get("pos_embed"), state.get("patch_embed.proj.weight")
+    if table is None or patches is None or table.dim() != 3 or patches.dim() != 4:
+        return 224
+    side = math.isqrt(max(table.shape[1] - 1, 0)) * patches.shape[-1]
+    return side if side >= 16 else 224  # the largest patches are 16 pixels
+
+
 def _filled(path: Path, arch: str, state: dict[str, Tensor]) -> Backbone:
-    backbone = build_backbone(arch)
+    backbone = build_backbone(arch, image_size=_table_size(state))
     counters = {n: t for n, t in backbone.state_dict().items() if n.endswith("num_batches_tracked")}
     backbone.load_state_dict(counters | state)
     if not all(bool(t.isfinite().all()) for t in backbone.state_dict().values()):

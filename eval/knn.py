@@ -195,8 +195,8 @@ class Args:
     """Part of train to take as bank, as --data.subset of train.py: 1percent, 10percent, first:N, after:N, random:N or a file of names."""
     protocol: Literal["knn/dino", "knn/lewel-monitor"] = "knn/dino"
     """The settings below default to the protocol's."""
-    network: Literal["online", "target"] = "online"
-    """Which network of a training checkpoint."""
+    network: Literal["auto", "online", "target"] = "auto"
+    """Which network of a training checkpoint; auto: the one its method is evaluated by (DINO, SCFS: the target, that is the teacher)."""
     k: tuple[int, ...] | None = None
     """Numbers of neighbours."""
     resize: int | None = None

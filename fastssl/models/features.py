@@ -26,6 +26,8 @@ class Backbone(nn.Module):
 
     num_features: int
     """D of `Features.pooled`."""
+    stage_channels: dict[str, int] = {}
+    """C' of each of `Features.stages`."""
 
     def forward(self, x: Tensor) -> Features:
         raise NotImplementedError(f"{type(self).__name__} has no forward")

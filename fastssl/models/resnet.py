@@ -10,31 +10,24 @@ from __future__ import annotations
 from torch import Tensor
 from torchvision.models import resnet as torchvision_resnet
 
-from fastssl.config import ConfigError
 from fastssl.models.features import Backbone, Features
-
-ARCHITECTURES = {
-    "resnet18": (torchvision_resnet.BasicBlock, (2, 2, 2, 2)),
-    "resnet50": (torchvision_resnet.Bottleneck, (3, 4, 6, 3)),
-}
 
 
 class ResNet(Backbone, torchvision_resnet.ResNet):
-    """images [B, 3, h, w] -> Features(pooled [B, D], map [B, D, h/32, w/32])."""
+    """images [B, 3, h, w] -> Features(pooled [B, D], map [B, D, h/32, w/32], stages layer2 [B, D/4, h/8, w/8],
+    layer3 [B, D/2, h/16, w/16] and layer4, which is the map)."""
 
     def __init__(self, block: type, layers: tuple[int, ...]):
         super().__init__(block, list(layers))
         self.num_features = self.fc.in_features
+        d = self.num_features
+        self.stage_channels = {"layer2": d // 4, "layer3": d // 2, "layer4": d}
         del self.fc, self.avgpool
 
     def forward(self, x: Tensor) -> Features:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return Features(pooled=x.mean((2, 3)), map=x)
-
-
-def build_backbone(arch: str) -> Backbone:
-    """A freshly initialised backbone by its torchvision name (torch's global generator).  ConfigError for an unknown one."""
-    if arch not in ARCHITECTURES:
-        raise ConfigError(f"There is no backbone '{arch}'. Choose one of: {', '.join(ARCHITECTURES)}.")
-    return ResNet(*ARCHITECTURES[arch])
+        layer2 = self.layer2(self.layer1(x))
+        layer3 = self.layer3(layer2)
+        layer4 = self.layer4(layer3)
+        stages = {"layer2": layer2, "layer3": layer3, "layer4": layer4}
+        return Features(pooled=layer4.mean((2, 3)), map=layer4, stages=stages)

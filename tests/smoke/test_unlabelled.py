@@ -16,7 +16,7 @@ from fastssl import cli
 from fastssl.augment.augmenter import Augmenter
 from fastssl.distributed import Dist
 from fastssl.metrics import read_jsonl
-from fastssl.models.resnet import build_backbone
+from fastssl.models.backbones import build_backbone
 from fastssl.views import center_crop
 from loaders.beton import Beton, BetonWriter
 from loaders.build import build_eval_loader

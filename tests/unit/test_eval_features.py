@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 from eval.features import extract, load_backbone
 from fastssl.batch import Group, Views
 from fastssl.checkpoint import FORMAT, CheckpointError
-from fastssl.models.resnet import build_backbone
+from fastssl.models.backbones import build_backbone
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
@@ -66,6 +67,44 @@ def test_torchvision_state_dict_drops_and_reports_fc(tmp_path, arch):
     assert (about["arch"], about["dropped"]) == (arch, ["fc.bias", "fc.weight"])
 
 
+def test_timm_state_dict_drops_and_reports_head(tmp_path):
+    path = tmp_path / "model.pth"
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
+    torch.save(model.state_dict(), path)
+    backbone, about = load_backbone(str(path))
+    assert same(backbone, model.state_dict())
+    assert (about["arch"], about["dropped"]) == ("vit_tiny_patch16", ["head.bias", "head.weight"])
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(x).pooled, model.forward_features(x)[:, 0])
+
+
+@pytest.mark.parametrize(("patch", "image_size"), [(8, 64), (16, 384)])
+def test_a_transformers_table_and_patches_are_read_from_the_shapes(tmp_path, patch, image_size):
+    state = build_backbone(f"vit_tiny_patch{patch}", image_size=image_size).state_dict()
+    path = tmp_path / "checkpoint_last.pt"
+    torch.save(run_checkpoint(model={f"online.backbone.{n}": t for n, t in state.items()}), path)
+    backbone, about = load_backbone(str(path))
+    assert same(backbone, state) and backbone.grid == image_size // patch
+    assert (about["arch"], about["dropped"]) == (f"vit_tiny_patch{patch}", [])
+    assert backbone(torch.zeros(1, 3, 32, 32)).pooled.shape == (1, 192)
+
+
+def test_transformers_that_fit_none_are_refused(tmp_path):
+    path, state = tmp_path / "w.pt", build_backbone("vit_tiny_patch8", image_size=32).state_dict()
+    for name, shape, message in (
+        ("pos_embed", (1, 16, 192), "1 of another shape .pos_embed"),
+        ("pos_embed", (1, 0, 192), "1 of another shape .pos_embed"),
+        ("pos_embed", (1, 2, 192), "1 of another shape .pos_embed"),
+        ("pos_embed", (17, 192), "1 of another shape .pos_embed"),
+        ("patch_embed.proj.weight", (192, 192), "2 of another shape .p"),
+        ("cls_token", (1, 2, 192), "1 of another shape .cls_token"),
+    ):
+        torch.save(state | {name: torch.zeros(shape)}, path)
+        with pytest.raises(CheckpointError, match=f"fits no backbone exactly. Closest is vit_tiny_patch.*: {message}"):
+            load_backbone(str(path))
+
+
 def test_random_backbones_are_reproducible_and_draw_from_nobody():
     state = torch.get_rng_state()
     a, b, c, default = (load_backbone(f"random:resnet18{s}")[0] for s in (":5", ":5", ":6", ""))
@@ -73,6 +112,9 @@ def test_random_backbones_are_reproducible_and_draw_from_nobody():
     assert same(a, b.state_dict()) and not torch.equal(a.conv1.weight, c.conv1.weight)
     assert same(default, load_backbone("random:resnet18:0")[0].state_dict())
     assert not a.training
+    vit, about = load_backbone("random:vit_tiny_patch16:5")
+    assert (about["arch"], vit.grid) == ("vit_tiny_patch16", 14)
+    assert same(vit, load_backbone("random:vit_tiny_patch16:5")[0].state_dict())
 
 
 class Foreign:
@@ -159,6 +201,17 @@ def test_extract_keeps_order_and_ids():
     with torch.no_grad():
         (images,) = images_of(SimpleNamespace(index=torch.arange(19))).per_view()
         torch.testing.assert_close(found.features, backbone(images).pooled)
+
+
+def test_extract_of_a_transformer_is_its_class_token():
+    backbone, _ = load_backbone("random:vit_tiny_patch16")
+    found = extract(backbone, batches(8, 3), images_of, torch.float32)
+    with torch.no_grad():
+        (images,) = images_of(SimpleNamespace(index=torch.arange(11))).per_view()
+        tokens = backbone.embed(images)
+        for block in backbone.blocks:
+            tokens = block(tokens)
+        torch.testing.assert_close(found.features, backbone.norm(tokens)[:, 0])
 
 
 def test_extract_casts_to_the_autocast_type():

@@ -12,7 +12,7 @@ from eval.knn import NO_RANK, evaluate, keep_index, knn, lewel_monitor, majority
 from eval.neighbours import search
 from eval.protocols import KNN_PROTOCOLS, LewelMonitor, write_result
 from fastssl.distributed import Dist
-from fastssl.models.resnet import build_backbone
+from fastssl.models.backbones import build_backbone
 
 ALONE = Dist(0, 1, 0, 1, torch.device("cpu"))
 

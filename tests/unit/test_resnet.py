@@ -5,8 +5,8 @@ import torch
 import torchvision
 
 from fastssl.config import ConfigError
+from fastssl.models.backbones import build_backbone
 from fastssl.models.features import Features
-from fastssl.models.resnet import build_backbone
 
 
 @pytest.mark.parametrize(("arch", "width", "parameters"), [("resnet18", 512, 11_176_512), ("resnet50", 2048, 23_508_032)])
@@ -26,9 +26,25 @@ def test_is_torchvisions_model_without_fc(arch, width, parameters):
     with torch.no_grad():
         out, expected = backbone.eval()(x), reference.eval()(x)
     assert out.pooled.shape == (2, width) and out.map.shape == (2, width, 2, 2)
-    assert out.tokens is None and out.stages is None
+    assert out.tokens is None
     torch.testing.assert_close(out.pooled, expected)
     torch.testing.assert_close(out.pooled, out.map.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("arch", "width"), [("resnet18", 128), ("resnet50", 512)])
+def test_stages_are_the_layers_outputs(arch, width):
+    torch.manual_seed(0)
+    backbone, seen = build_backbone(arch).eval(), {}
+    for name in ("layer2", "layer3", "layer4"):
+        getattr(backbone, name).register_forward_hook(lambda module, inputs, output, name=name: seen.setdefault(name, output))
+    with torch.no_grad():
+        out = backbone(torch.randn(2, 3, 64, 96))
+    assert {name: t.shape for name, t in out.stages.items()} == {
+        "layer2": (2, width, 8, 12),
+        "layer3": (2, 2 * width, 4, 6),
+        "layer4": (2, 4 * width, 2, 3),
+    }
+    assert all(torch.equal(out.stages[name], seen[name]) for name in seen) and out.map is out.stages["layer4"]
 
 
 def test_stride_sits_on_the_3x3():
