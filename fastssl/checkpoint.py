@@ -52,11 +52,11 @@ def contents(state: State) -> dict:
         "steps_per_epoch": state.steps_per_epoch,
         "backbone_prefix": method.backbone_prefix,
         "target_backbone_prefix": method.target_backbone_prefix,
+        "evaluated": method.evaluated,
         "model": method.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "metrics": state.metrics.state_dict(),
-        "rng": torch.get_rng_state(),
     }
 
 
@@ -159,7 +159,6 @@ def restore(state: State, path: Path) -> None:
     state.optimizer.load_state_dict(saved["optimizer"])
     state.scaler.load_state_dict(saved["scaler"])
     state.metrics.load_state_dict(saved["metrics"], state.dist.device)
-    torch.set_rng_state(saved["rng"])
     state.step = saved["step"]
 
 

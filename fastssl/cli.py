@@ -74,10 +74,11 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     batch = rank_batch(cfg, world)
     method = METHODS[cfg.method.name]
     method.check_views(cfg.views)
-    t = cfg.train
+    o, t = cfg.optim, cfg.train
     positive = {
         "--train.epochs": t.epochs,
         "--train.global-batch-size": t.global_batch_size,
+        "--optim.base-batch-size": 1 if o.base_batch_size is None else o.base_batch_size,
         "--log.every-steps": cfg.log.every_steps,
         "--log.checkpoint-every-epochs": cfg.log.checkpoint_every_epochs,
         "--efficiency.prefetch": cfg.efficiency.prefetch,
@@ -85,8 +86,13 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     for flag, value in positive.items():
         if value < 1:
             raise ConfigError(f"{flag} must be at least 1, got {value}.")
-    if not math.isfinite(cfg.optim.base_lr) or cfg.optim.base_lr <= 0:
-        raise ConfigError(f"--optim.base-lr must be positive, got {cfg.optim.base_lr}.")
+    if not math.isfinite(o.base_lr) or o.base_lr <= 0:
+        raise ConfigError(f"--optim.base-lr must be positive, got {o.base_lr}.")
+    for flag, value in {"--optim.min-lr": o.min_lr, "--optim.clip-grad": o.clip_grad}.items():
+        if not math.isfinite(value) or value < 0:
+            raise ConfigError(f"{flag} must not be negative, got {value}.")
+    if o.min_lr and o.schedule != "dino":
+        raise ConfigError(f"--optim.min-lr {o.min_lr} needs --optim.schedule dino: the cosine of '{o.schedule}' ends at 0.")
     if t.resume and t.init_from:
         raise ConfigError("--train.resume continues a run and --train.init-from starts one: give only one of them.")
     if method.couples_batch and t.accumulation_steps > 1:
@@ -98,6 +104,10 @@ def check(cfg: RunConfig, world: int) -> list[str]:
         warnings.append(
             f"BatchNorm sees {batch} images per rank; the published run had {t.published_rank_batch} "
             f"({t.global_batch_size // t.published_rank_batch} ranks)."
+        )
+    if o.min_lr > (peak := o.peak_lr(t.global_batch_size)):
+        warnings.append(
+            f"the learning rate rises from its peak {peak:g} to --optim.min-lr {o.min_lr:g}, which does not scale with the batch: lower it."
         )
     if batch < 2:
         raise ConfigError("BatchNorm needs at least two images per rank: raise --train.global-batch-size or use fewer ranks.")
@@ -130,9 +140,12 @@ def describe(cfg: RunConfig, world: int) -> str:
 
     values = to_dict(cfg)
     method = values["method"].pop("name")
+    o, t = cfg.optim, cfg.train
+    scaling = "as given" if o.base_batch_size is None else f"{o.base_lr:g} x global batch {t.global_batch_size} / {o.base_batch_size}"
     derived = (
-        f"  images per rank and micro-batch   {rank_batch(cfg, world)}  ({world} ranks x {cfg.train.accumulation_steps} micro-batches)\n"
-        f"  peak learning rate                {cfg.optim.base_lr}  (as given; reached after {cfg.optim.warmup_epochs} epochs)"
+        f"  images per rank and micro-batch   {rank_batch(cfg, world)}  ({world} ranks x {t.accumulation_steps} micro-batches)\n"
+        f"  peak learning rate                {o.peak_lr(t.global_batch_size):g}  ({scaling}; reached after {o.warmup_epochs} epochs)\n"
+        f"  final learning rate               {o.min_lr:g}  (whatever the batch; a cosine ends there after {t.epochs} epochs)"
     )
     values.pop("preset")
     return f"preset {cfg.preset} (method {method})\n" + "\n".join(lines(values, "")) + "\nderived\n" + derived

@@ -31,8 +31,21 @@ class MethodConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    arch: Literal["resnet18", "resnet50"] = "resnet50"
-    """Backbone, by its torchvision name."""
+    arch: Literal[
+        "resnet18",
+        "resnet50",
+        "vit_tiny_patch16",
+        "vit_tiny_patch8",
+        "vit_small_patch16",
+        "vit_small_patch8",
+        "vit_base_patch16",
+        "vit_base_patch8",
+    ] = "resnet50"
+    """Backbone, by its torchvision name, or timm's without the image size."""
+    image_size: int = 224
+    """ViTs: pixels a side of the images whose patches the position table counts; other sizes interpolate in it."""
+    drop_path: float = 0.0
+    """ViTs: probability that a sample skips a residual branch of the last block while training; rises linearly over the blocks from 0."""
     norm: Literal["local", "sync", "eman"] = "local"
     """BatchNorm policy. local: statistics of each rank; sync: of the global batch; eman: local online, the target
     normalises with an EMA of the online network's running statistics (rank 0's)."""
@@ -43,10 +56,24 @@ class OptimConfig:
     """Base of the optimizers."""
 
     base_lr: float
-    """Peak learning rate at the preset's global batch size. It is used as given: scale it yourself with the batch."""
+    """Peak learning rate: of `base_batch_size` images if that is given, else used as given."""
+    base_batch_size: int | None = None
+    """The peak learning rate is base_lr x global batch / base_batch_size. None: it is base_lr; scale it yourself with the batch."""
+    min_lr: float = 0.0
+    """Learning rate that the cosine ends at (schedule dino). As given: not scaled with the batch."""
     weight_decay: float = 0.0
+    weight_decay_end: float | None = None
+    """Weight decay that a cosine over all steps ends at. None: constant."""
+    schedule: Literal["eman", "dino"] = "eman"
+    """Learning rate after the warm-up. eman: a cosine to 0 over epochs, constant within each; dino: a cosine to min_lr over steps."""
     warmup_epochs: int = 10
     """Epochs of linear warm-up, per iteration."""
+    clip_grad: float = 0.0
+    """Largest L2 norm of a gradient, for each parameter tensor by itself; longer ones are scaled down. 0: off."""
+
+    def peak_lr(self, global_batch_size: int) -> float:
+        """Learning rate at the end of the warm-up."""
+        return self.base_lr if self.base_batch_size is None else self.base_lr * global_batch_size / self.base_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +85,31 @@ class Lars(OptimConfig):
     """Trust coefficient."""
     exclude: tuple[str, ...] = ("bn", "downsample.1", "bias")
     """Parameters whose name contains one of these: no weight decay, no trust ratio. "mlp.1" adds the first BatchNorm of the heads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BarlowLars(OptimConfig):
+    """LARS-SGD as in the Barlow Twins code and those that took it over (methods: dino, scfs). Biases and one-dimensional tensors: no
+    weight decay, no trust ratio."""
+
+    sgd_momentum: float = 0.9
+    eta: float = 0.001
+    """Trust coefficient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sgd(OptimConfig):
+    """SGD with momentum; weight decay is part of the gradient. Biases and one-dimensional tensors do not decay."""
+
+    sgd_momentum: float = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(OptimConfig):
+    """Adam with decoupled weight decay. Biases and one-dimensional tensors do not decay."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)

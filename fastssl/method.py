@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ class Method(nn.Module):
 
     ema               pairs online -> target the engine updates (fastssl.ema.Ema)
     backbone_prefix   where the backbone lies in the state dict: checkpoints export and evaluations load it
+    evaluated         which network's backbone evaluations and exports take unless told otherwise
     couples_batch     the loss of a sample depends on the others of the global batch: accumulation would change it
     """
 
@@ -32,6 +34,7 @@ class Method(nn.Module):
     ema: tuple[Ema, ...] = ()
     backbone_prefix: str
     target_backbone_prefix: str | None = None
+    evaluated: Literal["online", "target"] = "online"
     couples_batch: bool = False
 
     @classmethod
@@ -42,13 +45,22 @@ class Method(nn.Module):
         """Tensor code only: no `.item()`, no rank checks."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
+    def before_step(self, sched: Sched) -> None:
+        """Host side, before the forward: put the step's scalars into buffers (a temperature), where a compiled graph reads them."""
+
+    def dropped_gradients(self, sched: Sched) -> Iterable[nn.Parameter]:
+        """Parameters that the optimizer must leave alone in this step: no update, no decay, no momentum (the last layer in DINO's first
+        epochs).  Their gradient is set to None after clipping."""
+        return ()
+
     def after_step(self, sched: Sched) -> None:
         """Non-gradient state that changes after the optimizer step (queues, centres)."""
 
     @property
     def backbone(self) -> nn.Module:
-        """The online backbone: what evaluations and exports see."""
-        return self.get_submodule(self.backbone_prefix.rstrip("."))
+        """What evaluations and exports see."""
+        prefix = self.target_backbone_prefix if self.evaluated == "target" else self.backbone_prefix
+        return self.get_submodule(prefix.rstrip("."))
 
     def train(self, mode: bool = True) -> Method:
         super().train(mode)

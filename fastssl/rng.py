@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 # Streams keep draws of different purposes apart.
-ORDER, CROP, COLOUR, MASK, PATCH = 0, 1, 2, 3, 4
+ORDER, CROP, COLOUR, MASK, PATCH, STEP = 0, 1, 2, 3, 4, 5
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85

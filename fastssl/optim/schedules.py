@@ -11,6 +11,7 @@ from dataclasses import dataclass
 class Sched:
     """The scalars of one step.  The engine sets them on the optimizer and the EMA; methods read tensors of their own."""
 
+    epoch: int
     lr: float
     weight_decay: float
     ema_momentum: float
@@ -26,6 +27,18 @@ def warmup_epoch_cosine(t: int, *, base_lr: float, warmup_epochs: int, epochs: i
     if epoch < warmup_epochs:
         return base_lr * (t + 1) / (warmup_epochs * steps_per_epoch)
     return epoch_cosine(epoch - warmup_epochs, base_lr=base_lr, epochs=epochs - warmup_epochs)
+
+
+def warmup_cosine(t: int, *, base: float, final: float, total_steps: int, warmup_steps: int = 0, start: float = 0.0) -> float:
+    """DINO: linear from `start` to `base` over the warm-up's n steps, then a cosine over the others (methods/dino.md section 4).
+
+    numpy.linspace(start, base, n)[t] for t < n;  final + (base - final) (1 + cos(pi (t - n) / (T - n))) / 2 after.  So `base` is
+    reached at t = n - 1 and taken again at t = n, and `final` is never reached.
+    """
+    n = warmup_steps
+    if t < n:
+        return start + (base - start) * (t / max(n - 1, 1))
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * (t - n) / (total_steps - n)))
 
 
 def epoch_cosine(epoch: int, *, base_lr: float, epochs: int) -> float:
@@ -47,9 +60,10 @@ def cosine_momentum(t: int, *, base: float, total_steps: int) -> float:
 class Schedules:
     """step -> Sched."""
 
+    epoch: Callable[[int], int]
     lr: Callable[[int], float]
     weight_decay: Callable[[int], float]
     ema_momentum: Callable[[int], float]
 
     def at(self, t: int) -> Sched:
-        return Sched(self.lr(t), self.weight_decay(t), self.ema_momentum(t))
+        return Sched(self.epoch(t), self.lr(t), self.weight_decay(t), self.ema_momentum(t))

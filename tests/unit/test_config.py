@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import get_type_hints
 
 import pytest
 
 from fastssl import cli
-from fastssl.config import ConfigError, DataConfig, EfficiencyConfig, Lars, from_dict, to_dict
+from fastssl.config import AdamW, BarlowLars, ConfigError, DataConfig, EfficiencyConfig, Lars, Sgd, from_dict, to_dict
 from fastssl.methods import METHODS
 from fastssl.presets import DEFAULTS, PRESETS
 
@@ -53,6 +54,8 @@ def test_published_values(name: str):
     )
     assert found == PUBLISHED[name]
     assert (cfg.optim.warmup_epochs, cfg.optim.sgd_momentum, cfg.optim.eta) == (10, 0.9, 0.001)
+    assert (cfg.optim.schedule, cfg.optim.weight_decay_end, cfg.optim.clip_grad) == ("eman", None, 0.0)
+    assert cfg.optim.peak_lr(2 * cfg.train.global_batch_size) == cfg.optim.base_lr
     assert (cfg.method.hidden, cfg.method.dim, cfg.method.projector_layers) == (4096, 256, 2)
     assert ("mlp.1" in cfg.optim.exclude) == (name == "lewel_b_eman_r50_200ep")
     if cfg.method.name == "lewel":
@@ -99,6 +102,9 @@ def test_unknown_flag_suggests(capsys):
         (["--train.accumulation-steps", "3"], 1, "does not divide"),
         (["--views.0.crop.size", "96"], 1, "two views of one size"),
         (["--optim.base-lr", "0"], 1, "base-lr"),
+        (["--optim.base-batch-size", "0"], 1, "base-batch-size"),
+        (["--optim.clip-grad", "-1"], 1, "clip-grad"),
+        (["--optim.min-lr", "0.1"], 1, "schedule dino"),
         (["--train.epochs", "0"], 1, "--train.epochs"),
         (["--train.resume", "auto", "--train.init-from", "x"], 1, "only one"),
         (["--train.global-batch-size", "8"], 8, "at least two images"),
@@ -142,3 +148,28 @@ def test_description_names_every_flag():
     text = cli.describe(PRESETS["lewel_b_eman_r50_200ep"](), world=8)
     for expected in ("--optim.base-lr 3.6", "--train.global-batch-size 1024", "--optim.weight-decay 1.5e-06", "128  (8 ranks"):
         assert expected in text
+
+
+def test_description_derives_the_learning_rate():
+    cfg = PRESETS["byol_mini"]()
+    assert "peak learning rate                1  (as given; reached after 1 epochs)" in cli.describe(cfg, world=1)
+    optim = AdamW(base_lr=0.0005, base_batch_size=256, min_lr=1e-6, schedule="dino", warmup_epochs=3)
+    cfg = dataclasses.replace(cfg, optim=optim, train=dataclasses.replace(cfg.train, global_batch_size=512))
+    text = cli.describe(cfg, world=8)
+    assert "peak learning rate                0.001  (0.0005 x global batch 512 / 256; reached after 3 epochs)" in text
+    assert "final learning rate               1e-06  (whatever the batch; a cosine ends there after 8 epochs)" in text
+
+
+def test_a_learning_rate_that_rises_is_warned_about():
+    """SCFS's min_lr on a few images per step."""
+    cfg = PRESETS["byol_mini"]()
+    for batch, warned in ((8, True), (64, False)):
+        optim = Sgd(base_lr=0.1, base_batch_size=256, min_lr=0.0048, schedule="dino", warmup_epochs=1)
+        changed = dataclasses.replace(cfg, optim=optim, train=dataclasses.replace(cfg.train, global_batch_size=batch))
+        assert any("rises" in w for w in cli.check(changed, world=1)) == warned
+
+
+@pytest.mark.parametrize("optim", [AdamW(base_lr=0.1, betas=(0.8, 0.99)), Sgd(base_lr=0.1), BarlowLars(base_lr=0.1, weight_decay_end=0.4)])
+def test_every_optimizer_is_saved(optim):
+    cfg = dataclasses.replace(PRESETS["byol_mini"](), optim=optim)
+    assert from_dict(json.loads(json.dumps(to_dict(cfg))), cfg) == cfg

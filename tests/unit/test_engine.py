@@ -1,15 +1,18 @@
-"""The step: accumulation, skipped steps, EMA order, float types; on a method small enough to compute by hand."""
+"""The step: accumulation, skipped steps, frozen layers, EMA order, float types; on methods small enough to compute by hand."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastssl.config import ConfigError, EfficiencyConfig, Lars, ModelConfig, RunConfig, TrainConfig
+from fastssl import checkpoint
+from fastssl.config import AdamW, BarlowLars, ConfigError, EfficiencyConfig, Lars, ModelConfig, OptimConfig, RunConfig, Sgd, TrainConfig
 from fastssl.distributed import Dist
 from fastssl.ema import Ema, frozen_copy
 from fastssl.engine import prepare, resolve_dtype, train_step
@@ -17,8 +20,16 @@ from fastssl.method import Method, StepOutput
 from fastssl.methods.byol import BYOL
 from fastssl.views import byol_asymmetric
 from tests.golden.toy import two_views
+from tests.ranks import run_ranks
 
 ALONE = Dist(0, 1, 0, 1, torch.device("cpu"))
+LARS = Lars(base_lr=0.5, warmup_epochs=1, weight_decay=0.1)
+OPTIMIZERS = (
+    LARS,
+    BarlowLars(base_lr=0.5, warmup_epochs=1, weight_decay=0.1, clip_grad=0.3, schedule="dino"),
+    Sgd(base_lr=0.1, warmup_epochs=1, weight_decay=0.1, clip_grad=0.3, schedule="dino"),
+    AdamW(base_lr=0.01, warmup_epochs=1, weight_decay=0.1, weight_decay_end=0.2, clip_grad=0.3, schedule="dino"),
+)
 
 
 class Regression(Method):
@@ -40,13 +51,35 @@ class Regression(Method):
         return StepOutput((self.online(x) - wanted).square().mean(), {"mean": x.mean()})
 
 
-def config(**train) -> RunConfig:
+class FrozenLast(Regression):
+    """A last layer without updates in epoch 0, and a scalar of the epoch in a buffer, as in DINO."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(2, 3, dtype=torch.float64)
+        self.register_buffer("temperature", torch.zeros((), dtype=torch.float64), persistent=False)
+
+    def before_step(self, sched):
+        self.temperature.fill_(1 + sched.epoch)
+
+    def dropped_gradients(self, sched):
+        return self.last.parameters() if sched.epoch < 1 else ()
+
+    def forward(self, views, sched):
+        x, y = (v.flatten(1) for v in views.per_view())
+        with torch.no_grad():
+            wanted = self.target(y).sum(1, keepdim=True)
+        loss = (self.last(self.online(x)) - wanted).square().mean() / self.temperature
+        return StepOutput(loss, {"temperature": self.temperature.clone()})
+
+
+def config(optim: OptimConfig = LARS, **train) -> RunConfig:
     return RunConfig(
         preset="test",
         method=BYOL.Config(),
         model=ModelConfig(),
         views=byol_asymmetric(),
-        optim=Lars(base_lr=0.5, warmup_epochs=1, weight_decay=0.1),
+        optim=optim,
         train=TrainConfig(**{"epochs": 4, "global_batch_size": 8, "ema_momentum": 0.9, **train}),
         efficiency=EfficiencyConfig(dtype="fp64", compile="off", channels_last=False),
     )
@@ -85,6 +118,100 @@ def test_a_bad_step_changes_no_weight_and_is_counted():
     train_step(state, [two_views(*batch())])
     assert state.metrics._bad_run.item() == 0 and state.metrics._skipped.item() == 2
     assert not torch.equal(state.method.online.weight, weights["weight"])
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda o: type(o).__name__)
+def test_a_frozen_layer_starts_in_its_epoch(optim: OptimConfig):
+    """Two steps an epoch: the last layer keeps its weights in epoch 0 and moves from then on, as if its first step came there; the layer
+    before it moves all the time."""
+    state = prepare(FrozenLast(), config(dataclasses.replace(optim, warmup_epochs=0)), ALONE, 2)
+    last, online, temperatures = [], [], []
+    for seed in range(4):
+        last.append(state.method.last.weight.clone())
+        online.append(state.method.online.weight.clone())
+        temperatures.append(train_step(state, [two_views(*batch(seed))]).logs["temperature"].item())
+    assert temperatures == [1, 1, 2, 2]
+    assert torch.equal(last[0], last[2]) and not torch.equal(last[2], last[3]) and not torch.equal(online[0], online[1])
+    assert state.metrics._skipped.item() == 0
+    if isinstance(optim, AdamW):
+        counters = [state.optimizer.state[p]["step"].item() for p in (state.method.online.weight, state.method.last.weight)]
+        assert counters == [4, 2]
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda o: type(o).__name__)
+def test_resuming_with_a_frozen_layer_changes_nothing(optim: OptimConfig, at: int, tmp_path: Path):
+    """Checkpoints from before and after the last layer's first update."""
+
+    def steps(state, until: int) -> None:
+        while state.step < until:
+            train_step(state, [two_views(*batch(state.step))])
+
+    whole, parts = (prepare(FrozenLast(), config(optim), ALONE, 2) for _ in range(2))
+    steps(whole, 6)
+    steps(parts, at)
+    resumed = prepare(FrozenLast(), config(optim), ALONE, 2)
+    checkpoint.restore(resumed, checkpoint.save(parts, tmp_path))
+    steps(resumed, 6)
+    torch.testing.assert_close(resumed.method.state_dict(), whole.method.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(resumed.optimizer.state_dict()["state"], whole.optimizer.state_dict()["state"], rtol=0, atol=0)
+
+
+def train_frozen(rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights after five steps with every optimizer, without and with accumulation."""
+    out = {}
+    for optim in OPTIMIZERS:
+        for n in (1, 2):
+            state = prepare(
+                FrozenLast(), config(optim, accumulation_steps=n), Dist(rank, world, rank, world, torch.device("cpu")), steps_per_epoch=2
+            )
+            for seed in range(5):
+                x, y = batch(seed)
+                share = len(x) // (world * n)
+                starts = [(rank * n + k) * share for k in range(n)]
+                train_step(state, [two_views(x[a : a + share], y[a : a + share]) for a in starts])
+            out[f"{type(optim).__name__} {n}"] = state.method.state_dict()
+    return out
+
+
+def test_two_ranks_with_a_frozen_layer_are_one():
+    """DDP's bucket views and static graph (which accumulation switches off) go on where a gradient was dropped."""
+    one = train_frozen(0, 1)
+    for rank in run_ranks(2, train_frozen):
+        torch.testing.assert_close(rank, one, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp64"])
+def test_every_gradient_is_clipped_by_itself(dtype: str):
+    """Weight and bias both move by lr x the largest norm, whatever the scale of fp16's loss."""
+    optim = Sgd(base_lr=0.1, warmup_epochs=0, clip_grad=1e-3, schedule="dino")
+    cfg = dataclasses.replace(config(optim), efficiency=EfficiencyConfig(dtype=dtype, compile="off"))
+    state = prepare(Regression(), cfg, ALONE, 2)
+    state.method.target.weight.data.neg_()  # the networks differ from the first step on
+    before = [p.clone() for p in state.method.online.parameters()]
+    train_step(state, [two_views(*batch())])
+    moved = [(p - b).norm().item() for p, b in zip(state.method.online.parameters(), before, strict=True)]
+    assert moved == pytest.approx([1e-4, 1e-4], rel=0.01)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a tensor's value is asked for by Python."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value went to the host"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda o: type(o).__name__)
+def test_a_step_reads_nothing_back(optim: OptimConfig, dtype: str):
+    cfg = dataclasses.replace(config(optim), efficiency=EfficiencyConfig(dtype=dtype, compile="off"))
+    state = prepare(FrozenLast(), cfg, ALONE, 2)
+    with NoHostReads():
+        for seed in range(3):
+            train_step(state, [two_views(*batch(seed))])
+        with pytest.raises(AssertionError, match="went to the host"):
+            state.metrics._skipped.item()
 
 
 def test_the_target_follows_after_the_step():
