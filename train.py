@@ -23,7 +23,7 @@ from fastssl.config import ConfigError, RunConfig
 from fastssl.distributed import Dist, session
 from fastssl.engine import State, compiles, fit, prepare
 from fastssl.methods import METHODS
-from fastssl.models.resnet import build_backbone
+from fastssl.models.backbones import build_backbone
 from loaders.build import build_loader
 from loaders.errors import DataError
 from loaders.open import has_split
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def train(cfg: RunConfig, dist: Dist) -> State:
-    e, t = cfg.efficiency, cfg.train
+    e, m, t = cfg.efficiency, cfg.model, cfg.train
     loader = build_loader(
         cfg.data.path,
         "train",
@@ -64,7 +64,8 @@ def train(cfg: RunConfig, dist: Dist) -> State:
     cli.check_last_batch(loader.smallest_batch)
     folder, resume = runs.open_run(cfg, dist)
     torch.manual_seed(t.seed)
-    method = METHODS[cfg.method.name](cfg.method, partial(build_backbone, cfg.model.arch), cfg.model.norm)
+    backbone = partial(build_backbone, m.arch, image_size=m.image_size, drop_path=m.drop_path)
+    method = METHODS[cfg.method.name](cfg.method, backbone, m.norm)
     state = prepare(method, cfg, dist, loader.steps_per_epoch)
     checkpoint.check_free_space(state, folder)
     if resume:

@@ -16,7 +16,7 @@ from fastssl.config import RunConfig
 from fastssl.distributed import Dist
 from fastssl.engine import compiles, prepare, train_step
 from fastssl.methods import METHODS
-from fastssl.models.resnet import build_backbone
+from fastssl.models.backbones import build_backbone
 
 WARM_UP = 3
 """Steps that are not measured: compilation, cuDNN's choice of algorithms."""
@@ -34,7 +34,9 @@ def step_share(
     batch = cfg.train.published_rank_batch or cfg.train.global_batch_size
     cfg = replace(cfg, train=replace(cfg.train, global_batch_size=batch))
     torch.manual_seed(cfg.train.seed)
-    method = METHODS[cfg.method.name](cfg.method, partial(build_backbone, cfg.model.arch), cfg.model.norm)
+    m = cfg.model
+    backbone = partial(build_backbone, m.arch, image_size=m.image_size, drop_path=m.drop_path)
+    method = METHODS[cfg.method.name](cfg.method, backbone, m.norm)
     state = prepare(method, cfg, Dist(0, 1, 0, 1, device), _STEPS_PER_EPOCH)
     e = cfg.efficiency
     augment = Augmenter(cfg.views, device=device, dtype=state.dtype, seed=SEED, channels_last=e.channels_last)

@@ -21,7 +21,16 @@ def losses(log: Path) -> dict[int, float]:
     return {r["step"]: r["train/loss"] for r in read_jsonl(log) if "train/loss" in r}
 
 
-@pytest.mark.parametrize(("preset", "ranks"), [("lewel_mini", 1), ("byol_mini", 2), pytest.param("lewel_mini", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("preset", "ranks"),
+    [
+        ("lewel_mini", 1),
+        ("byol_mini", 2),
+        pytest.param("lewel_mini", 2, marks=pytest.mark.slow),
+        ("dino_vit_mini", 2),
+        pytest.param("scfs_mini", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_losses_after_a_kill(preset: str, ranks: int, beton_data: Path, tmp_path: Path):
     flags = (
         *("--preset", preset, *SMALL, "--data.path", str(beton_data), "--train.epochs", "6", "--log.pictures", "False"),
