@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadf
 COMPILE := uv pip compile -q --universal --python-version 3.10 --no-annotate --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report demo test test-all lint lock convert-imagenet bench gpu-check eval-knn
+.PHONY: help setup report demo test test-all lint lock convert-imagenet bench gpu-check eval-knn visualize
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1|/' | while IFS='|' read -r name text; do printf '  %-18s%s\n' "$$name" "$$text"; done
@@ -53,3 +53,7 @@ gpu-check: $(READY)  ## GPU tests and benchmarks, one JSON in benchmarks/results
 eval-knn: $(if $(CHECKPOINT),$(READY))  ## k-NN of a backbone    CHECKPOINT=FILE [DATA=data/imagenet]
 	@test -n "$(CHECKPOINT)" || { echo "Say which backbone: make eval-knn CHECKPOINT=runs/NAME/checkpoint_last.pt" >&2; exit 2; }
 	@$(PY) -m eval.knn --checkpoint "$(CHECKPOINT)" $(if $(DATA),--data "$(DATA)")
+
+visualize: $(if $(CHECKPOINT),$(READY))  ## where a network looks: SCFS, LEWEL, ViTs    CHECKPOINT=FILE [ARGS="photo.jpg --out sheet.png"]
+	@test -n "$(CHECKPOINT)" || { echo "Say which network: make visualize CHECKPOINT=runs/NAME/checkpoint_last.pt" >&2; exit 2; }
+	@$(PY) -m eval.visualize --checkpoint "$(CHECKPOINT)" $(ARGS)

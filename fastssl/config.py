@@ -156,7 +156,8 @@ class EfficiencyConfig:
     """How it runs, not what it computes."""
 
     dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
-    """Autocast type; auto: bf16 where the device has it, else fp16 (with a GradScaler). fp64: everything in double, for checks."""
+    """Autocast type; auto: bf16 where the device has it, else fp16 (with a GradScaler) on a GPU and fp32 on a CPU. fp64: everything in
+    double, for checks."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the method's forward; auto: on with CUDA, off on a CPU (where it gains nothing)."""
     channels_last: bool = True

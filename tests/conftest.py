@@ -63,10 +63,17 @@ def environment() -> dict[str, str]:
 
 
 # Small enough for a step in a fraction of a second.
-SMALL = (
+_SMALL = (
     *("--views.0.crop.size", "32", "--views.1.crop.size", "32", "--train.global-batch-size", "12", "--method.hidden", "32"),
-    *("--method.dim", "16", "--log.every-steps", "1", "--efficiency.dtype", "fp32", "--optim.warmup-epochs", "1"),
+    *("--log.every-steps", "1", "--efficiency.dtype", "fp32", "--optim.warmup-epochs", "1"),
 )
+SMALL = (*_SMALL, "--method.dim", "16")
+"""For byol_mini and lewel_mini."""
+SMALL_MULTI_CROP = (
+    *(*_SMALL, "--method.out-dim", "24", "--method.bottleneck", "16"),
+    *(flag for v in range(2, 6) for flag in (f"--views.{v}.crop.size", "16")),
+)
+"""For the mini presets of DINO and SCFS."""
 
 
 def train_command(*args: str, ranks: int = 1) -> list[str]:

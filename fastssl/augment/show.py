@@ -239,17 +239,27 @@ class Args:
     """Where our views are made."""
 
 
-def show(args: Args) -> str:
-    """Write the sheet -> one line about it.  ConfigError or DataError before anything is computed."""
-    spec = check_name("recipe", args.recipe, RECIPES)()
-    if args.device == "cuda" and not torch.cuda.is_available():
+def device_named(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """auto: CUDA where torch can use it.  ConfigError for a CUDA that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("There is no CUDA device that torch can use here. Leave --device out, or take --device cpu.")
-    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
-    out = args.out or Path(f"views_{args.recipe}.png")
-    if out.suffix.lower() != ".png" or out.resolve() in [path.resolve() for path in args.images]:
+    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
+
+
+def check_out(out: Path, images: Sequence[Path]) -> None:
+    """ConfigError when the sheet of these images cannot go to `out`."""
+    if out.suffix.lower() != ".png" or out.resolve() in [path.resolve() for path in images]:
         raise ConfigError(f"The sheet cannot be {out}: choose another file with --out FILE.png, not one of the images.")
     if not os.access(out.parent, os.W_OK):
         raise ConfigError(f"The sheet cannot be written to {out}: its folder is missing or read-only. Choose another with --out FILE.png.")
+
+
+def show(args: Args) -> str:
+    """Write the sheet -> one line about it.  ConfigError or DataError before anything is computed."""
+    spec = check_name("recipe", args.recipe, RECIPES)()
+    device = device_named(args.device)
+    out = args.out or Path(f"views_{args.recipe}.png")
+    check_out(out, args.images)
     images = decode(args.images)
 
     batch = as_batch(images, spec, seed=args.seed, epoch=args.epoch, device=device)
