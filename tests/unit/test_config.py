@@ -67,6 +67,47 @@ def test_published_values(name: str):
     assert [(p.photometric.blur, p.photometric.solarize) for p in (a, b)] == [(1.0, 0.0), (0.1, 0.2)]
 
 
+# methods/dino.md section 8, methods/scfs.md section 7: architecture, optimizer, epochs, batch, lr per 256, min lr, weight decay, its end,
+# clip, outputs, rows of the last layer at length 1, BatchNorm in the head, teacher temperature, its warm-up, scales, local crops
+DISTILLED = {
+    "dino_vits16_100ep": ("vit", AdamW, 100, 512, 5e-4, 1e-6, 0.04, 0.4, 3.0, 65536, True, False, 0.04, 0, (0.4, 1), (0.05, 0.4), 8),
+    "dino_vits16_300ep": ("vit", AdamW, 300, 1024, 5e-4, 1e-6, 0.04, 0.4, 3.0, 65536, False, False, 0.07, 30, (0.4, 1), (0.05, 0.4), 8),
+    "dino_vits16_800ep": ("vit", AdamW, 800, 1024, 5e-4, 1e-5, 0.04, 0.4, 0.0, 65536, False, False, 0.07, 30, (0.25, 1), (0.05, 0.25), 10),
+    "dino_r50_100ep": ("r50", Sgd, 100, 512, 0.03, 1e-6, 1e-4, None, 3.0, 65536, True, False, 0.04, 0, (0.14, 1), (0.05, 0.14), 8),
+    "dino_r50_800ep_lars": (
+        *("r50", BarlowLars, 800, 4080, 0.3, 0.0048, 1e-6, None, 0.0, 60000, True, True, 0.07, 50, (0.14, 1), (0.05, 0.14), 6),
+    ),
+    "dino_r50_200ep_bs256": ("r50", Sgd, 200, 256, 0.1, 0.0048, 1e-4, None, 3.0, 65536, True, False, 0.07, 50, (0.25, 1), (0.05, 0.25), 8),
+    "scfs_r50_200ep": ("r50", Sgd, 200, 256, 0.1, 0.0048, 1e-4, None, 3.0, 65536, True, False, 0.07, 50, (0.25, 1), (0.05, 0.25), 8),
+    "scfs_r50_800ep": ("r50", Sgd, 800, 1024, 0.1, 0.0048, 1e-4, None, 3.0, 65536, True, False, 0.07, 50, (0.25, 1), (0.05, 0.25), 8),
+}
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_published_values_of_self_distillation(name: str):
+    cfg = PRESETS[name]()
+    m, o, t = cfg.method, cfg.optim, cfg.train
+    vit = cfg.model.arch == "vit_small_patch16"
+    assert vit or (cfg.model.arch, cfg.model.norm, cfg.model.drop_path) == ("resnet50", "sync", 0.0)
+    local = cfg.views[2:]
+    found = (
+        *("vit" if vit else "r50", type(o), t.epochs, t.global_batch_size, o.base_lr, o.min_lr, o.weight_decay, o.weight_decay_end),
+        *(o.clip_grad, m.out_dim, m.norm_last_layer, m.bn_in_head, m.teacher_temp, m.warmup_teacher_temp_epochs),
+        *(cfg.views[0].crop.scale, local[0].crop.scale, len(local)),
+    )
+    assert found == DISTILLED[name]
+    assert (o.base_batch_size, o.schedule, o.warmup_epochs, t.ema_momentum) == (256, "dino", 10, 0.996)
+    assert cfg.model.drop_path == (0.1 if vit else 0.0) and cfg.model.image_size == 224
+    assert (m.hidden, m.bottleneck, m.head_layers, m.student_temp) == (2048, 256, 3, 0.1)
+    assert (m.warmup_teacher_temp, m.center_momentum, m.freeze_last_layer) == (0.04, 0.9, 1)
+    if cfg.method.name == "scfs":
+        assert (m.stage_bottleneck, m.stage_hidden, m.stage_dim) == (256, 2048, 256)
+    blurs = [v.photometric.blur for v in cfg.views]
+    assert blurs == [1.0, 0.1] + [0.5] * len(local) and [v.photometric.solarize for v in cfg.views[:3]] == [0.0, 0.2, 0.0]
+    assert {(v.crop.size, v.crop.scale, v.crop.interpolation) for v in local} == {(96, local[0].crop.scale, "bicubic")}
+    assert all(v.crop.size == 224 and v.crop.scale == cfg.views[0].crop.scale for v in cfg.views[:2])
+
+
 def test_flags_change_leaves():
     cfg, dry = cli.parse_cli(
         ["--method", "lewel", "--dry-run", "--optim.base-lr", "0.3", "--views.1.crop.size", "96", "--log.pictures", "False"]

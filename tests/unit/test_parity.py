@@ -35,15 +35,16 @@ ALLOWED = {
 
 
 def too_large(errors):
-    return {name for name, e in errors.items() if e.mean > ALLOWED[name][0] or e.max > ALLOWED[name][1]}
+    """Names of the operations that are beyond their bounds; an older Pillow's other order of the passes has none."""
+    bounded = {name: e for name, e in errors.items() if "other order" not in name}
+    assert set(bounded) == set(ALLOWED)
+    return {name for name, e in bounded.items() if e.mean > ALLOWED[name][0] or e.max > ALLOWED[name][1]}
 
 
 # the torch operations take seven times as long, and test_augment.py holds both to 2e-3 of each other
 @pytest.mark.parametrize(("render", "count"), [(cpu.render, 200), (augmenter.render, 60)])
 def test_error_against_pillow(render, count):
     errors = parity(render, "cpu", count)
-    errors = {name: error for name, error in errors.items() if "other order" not in name}
-    assert set(errors) == set(ALLOWED)
     assert not too_large(errors), {name: errors[name] for name in too_large(errors)}
 
 

@@ -1,0 +1,49 @@
+"""Training steps on CUDA: no host synchronisation between log steps, nothing compiled after the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastssl.config import EfficiencyConfig
+from fastssl.distributed import Dist
+from fastssl.engine import prepare, train_step
+from fastssl.methods import METHODS
+from fastssl.models.backbones import build_backbone
+from fastssl.presets import PRESETS
+from tests.golden.dino_family import grouped
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+CUDA = Dist(0, 1, 0, 1, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+@pytest.mark.parametrize("preset", ["byol_mini", "lewel_mini", "dino_mini", "dino_vit_mini", "scfs_mini"])
+def test_steps_neither_synchronise_nor_compile_again(preset: str, compile: str):
+    torch._dynamo.reset()
+    cfg = dataclasses.replace(PRESETS[preset](), efficiency=EfficiencyConfig(dtype="auto", compile=compile))
+    m = cfg.model
+    torch.manual_seed(0)
+    method = METHODS[cfg.method.name](
+        cfg.method, lambda: build_backbone(m.arch, image_size=m.image_size, drop_path=m.drop_path), cfg.model.norm
+    )
+    state = prepare(method, cfg, CUDA, steps_per_epoch=2)
+    batches = []
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        views = grouped([torch.randn(16, 3, v.crop.size, v.crop.size, generator=generator).numpy() for v in cfg.views])
+        for group in views.groups:
+            group.pixels = group.pixels.to("cuda", state.dtype, memory_format=torch.channels_last)
+        batches.append(views)
+    losses = [train_step(state, [views]).loss for views in batches[:2]]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            losses += [train_step(state, [views]).loss for views in batches[2:]]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(losses).isfinite().all()
