@@ -7,7 +7,7 @@ BETON ?=
 # what runs Python sets up first, but only where there is no .venv at all: an environment in use is never changed by a test
 READY := $(if $(filter $(VENV),$(PY)),$(if $(wildcard .venv),,setup))
 # one process per core, four at most (each holds torch), one thread each; a file's tests stay together, they share fixtures
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 15
 COMPILE := uv pip compile -q --universal --python-version 3.10 --no-annotate --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help

@@ -14,6 +14,14 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).requires_grad_(False)
 
 
+def without_drop_path(module: nn.Module) -> nn.Module:
+    """`module` itself, its drop path (timm's, known by its `drop_prob`) switched off: a teacher in training mode never drops."""
+    for m in module.modules():
+        if hasattr(m, "drop_prob"):
+            m.drop_prob = 0.0
+    return module
+
+
 class Ema:
     """target <- m * target + (1 - m) * online, for one pair of networks of equal structure.
 

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from fastssl.batch import Views
 from fastssl.config import ConfigError, MethodConfig
-from fastssl.ema import Ema, frozen_copy
+from fastssl.ema import Ema, frozen_copy, without_drop_path
 from fastssl.losses.distillation import dino_loss, entropy, teacher_probabilities, teacher_temperature
 from fastssl.method import Method, StepOutput
 from fastssl.models.centers import Centers
 from fastssl.models.heads import DINOHead
 from fastssl.models.norm import apply_norm_policy
-from fastssl.models.vit import without_drop_path
 from fastssl.optim.schedules import Sched
 from fastssl.views import ViewSpec, groups
 

@@ -7,7 +7,6 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from fastssl.config import ConfigError
 from fastssl.models.features import Backbone
 from fastssl.models.resnet import ResNet
-from fastssl.models.vit import ViT
 
 RESNETS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet50": (Bottleneck, (3, 4, 6, 3))}
 VITS = {  # width, blocks, heads, patch size
@@ -30,6 +29,8 @@ def build_backbone(arch: str, *, image_size: int = 224, drop_path: float = 0.0) 
     ConfigError for an unknown name, or drop path for a ResNet.
     """
     if arch in VITS:
+        from fastssl.models.vit import ViT  # timm takes seconds to load, and ResNets need none of it
+
         return ViT(*VITS[arch], image_size=image_size, drop_path=drop_path)
     if arch not in RESNETS:
         raise ConfigError(f"There is no backbone '{arch}'. Choose one of: {', '.join(ARCHITECTURES)}.")

@@ -14,7 +14,6 @@ from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -116,11 +115,3 @@ def probe_features(blocks: Sequence[Features], *, average: bool = False) -> Tens
     if len(blocks) != 1:
         raise ValueError(f"mean patch tokens go with the [CLS] token of one block, got {len(blocks)}")
     return torch.stack((blocks[0].pooled, blocks[0].tokens.mean(1)), dim=-1).flatten(1)
-
-
-def without_drop_path(module: nn.Module) -> nn.Module:
-    """`module` itself, its drop path switched off for good: a teacher in training mode never drops."""
-    for m in module.modules():
-        if isinstance(m, DropPath):
-            m.drop_prob = 0.0
-    return module

@@ -25,7 +25,7 @@ def losses(log: Path) -> dict[int, float]:
     ("preset", "ranks"),
     [
         ("lewel_mini", 1),
-        ("byol_mini", 2),
+        pytest.param("byol_mini", 2, marks=pytest.mark.slow),
         pytest.param("lewel_mini", 2, marks=pytest.mark.slow),
         pytest.param("dino_vit_mini", 2, marks=pytest.mark.slow),
         pytest.param("scfs_mini", 2, marks=pytest.mark.slow),

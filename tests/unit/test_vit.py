@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 from fastssl.config import ConfigError, ModelConfig
+from fastssl.ema import without_drop_path
 from fastssl.models.backbones import ARCHITECTURES, VITS, build_backbone
 from fastssl.models.features import Features
-from fastssl.models.vit import ViT, interpolation_matrix, probe_features, without_drop_path
+from fastssl.models.vit import ViT, interpolation_matrix, probe_features
 
 SMALL = dict(dim=24, depth=3, heads=3, patch_size=8, image_size=32)
 
