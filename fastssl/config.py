@@ -16,6 +16,7 @@ import tyro
 from fastssl.views import View
 
 T = TypeVar("T")
+NotDecayed = Literal["vectors", "norm_weights", "none"]
 
 
 class ConfigError(ValueError):
@@ -99,17 +100,23 @@ class BarlowLars(OptimConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Sgd(OptimConfig):
-    """SGD with momentum; weight decay is part of the gradient. Biases and one-dimensional tensors do not decay."""
+    """SGD with momentum; weight decay is part of the gradient."""
 
     sgd_momentum: float = 0.9
+    not_decayed: NotDecayed = "vectors"
+    """Parameters without weight decay. vectors: biases and one-dimensional tensors; norm_weights: one-dimensional tensors that are no
+    biases (SERE); none: everything decays (MoCo)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(OptimConfig):
-    """Adam with decoupled weight decay. Biases and one-dimensional tensors do not decay."""
+    """Adam with decoupled weight decay."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    not_decayed: NotDecayed = "vectors"
+    """Parameters without weight decay. vectors: biases and one-dimensional tensors; norm_weights: one-dimensional tensors that are no
+    biases (SERE); none: everything decays (MoCo)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +142,9 @@ class TrainConfig:
     global_batch_size: int = 1024
     """Images per optimizer step over all ranks and accumulation steps."""
     ema_momentum: float = 0.98
-    """Momentum of the target network at step 0; rises to 1 along a cosine."""
+    """Momentum of the target network at step 0."""
+    ema_schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: the momentum rises to 1 over all steps; constant: it stays."""
     accumulation_steps: int = 1
     """Micro-batches per optimizer step. BatchNorm statistics are then those of a micro-batch."""
     published_rank_batch: int | None = None

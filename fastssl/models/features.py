@@ -18,7 +18,7 @@ class Features:
     tokens: Tensor | None = None
     """[B, N, D]: the last layer's patch tokens."""
     stages: dict[str, Tensor] | None = None
-    """Earlier feature maps [B, C', h', w'] by stage name."""
+    """Feature maps [B, C', h', w'] by stage name, the last one too."""
 
 
 class Backbone(nn.Module):

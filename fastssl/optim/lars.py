@@ -20,7 +20,7 @@ class _Lars(torch.optim.Optimizer):
 
     def direction_(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> float:
         """Turn the gradients of one group into d, in place -> the learning rate outside the buffer."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no direction_")
 
     @torch.no_grad()
     def step(self) -> None:

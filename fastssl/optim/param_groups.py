@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
+from fastssl.config import NotDecayed
+
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
@@ -17,12 +19,21 @@ def split_by_name(named: Named, exclude: Sequence[str]) -> list[dict]:
     return _split(named, lambda name, p: any(word in name for word in exclude))
 
 
-def split_by_shape(named: Named) -> list[dict]:
-    """The same two groups, `excluded` being biases and tensors of fewer than two dimensions (methods/dino.md section 5).
+def split_by_shape(named: Named, excluded: NotDecayed = "vectors") -> list[dict]:
+    """The same two groups, `excluded` being
+
+    vectors        biases and tensors of fewer than two dimensions (methods/dino.md section 5)
+    norm_weights   tensors of fewer than two dimensions that are no biases (methods/sere.md section 7)
+    none           nothing (methods/mocov2.md section 5)
 
     So position tables, [CLS] tokens and a trainable weight-norm length [O, 1] decay.
     """
-    return _split(named, lambda name, p: p.ndim < 2 or name.endswith(".bias"))
+    rules = {
+        "vectors": lambda name, p: p.ndim < 2 or name.endswith(".bias"),
+        "norm_weights": lambda name, p: p.ndim < 2 and not name.endswith(".bias"),
+        "none": lambda name, p: False,
+    }
+    return _split(named, rules[excluded])
 
 
 def _split(named: Named, excluded: Callable[[str, nn.Parameter], bool]) -> list[dict]:

@@ -8,12 +8,13 @@ from torch import nn
 
 from fastssl.config import EfficiencyConfig, Lars, ModelConfig, RunConfig, TrainConfig
 from fastssl.distributed import Dist
-from fastssl.engine import build_optimizer, build_schedules, prepare, train_step
+from fastssl.engine import prepare, train_step
 from fastssl.losses.cosine import cosine_loss
 from fastssl.methods.byol import BYOL
 from fastssl.methods.lewel import LEWEL, AlignedNet, Embeddings, aligned_pooling, alignment_maps, pooled_and_pixels
 from fastssl.models.backbones import build_backbone
 from fastssl.models.heads import MLP
+from fastssl.optim.build import build_optimizer, build_schedules
 from fastssl.optim.lars import LARS
 from fastssl.optim.schedules import cosine_momentum, epoch_cosine, step_decay
 from fastssl.presets import PRESETS, byol, lewel

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fastssl.config import AdamW, BarlowLars, EfficiencyConfig, ModelConfig, OptimConfig, RunConfig, Sgd, TrainConfig
-from fastssl.engine import build_optimizer, build_schedules, set_scalars
 from fastssl.losses.distillation import teacher_temperature
 from fastssl.methods.byol import BYOL
+from fastssl.optim.build import build_optimizer, build_schedules, set_scalars
 from fastssl.optim.clip import clip_each_
 from fastssl.optim.schedules import Sched, warmup_cosine
 from fastssl.views import byol_asymmetric

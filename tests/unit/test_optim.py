@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastssl.config import AdamW, BarlowLars, Lars, OptimConfig, Sgd
-from fastssl.engine import build_optimizer, build_schedules, set_scalars
+from fastssl.optim.build import build_optimizer, build_schedules, set_scalars
 from fastssl.optim.clip import clip_each_
 from fastssl.optim.param_groups import split_by_shape
 from fastssl.optim.schedules import Sched, warmup_cosine
