@@ -40,6 +40,10 @@ class ImageBatch:
     epoch: int
     step: int
     """Global optimizer step this batch belongs to."""
+    masks: Tensor | None = None
+    """bool [B, M, h, w]: hidden patches of the M views that have a mask; None without such views."""
+    masked: Tensor | None = None
+    """int64 [R]: the hidden patches by their numbers, as `masked_patches` lists them."""
     max_hw: tuple[int, int] | None = None
     """Largest height and width of these images (or a bound), known to the host: spares CUDA resampling a synchronisation."""
 
@@ -90,6 +94,24 @@ class ImageBatch:
         return self.pixels.as_strided((h, w, 3), (pitch, 3, 1), self.pixels.storage_offset() + offset)
 
 
+MASKED_CHUNK = 256
+"""Lists of masked patches are filled up to a multiple of this."""
+
+
+def masked_patches(masks: np.ndarray) -> np.ndarray:
+    """The hidden patches of bool [B, M, h, w] as int64 [R]: numbers in the view-major order of tokens, [M B h w], ascending, then -1
+    up to a multiple of MASKED_CHUNK.
+
+    Listed on the host, where the masks are drawn and their number is known: what runs on the masked patches only needs no
+    synchronisation, and leaves none out.
+    """
+    found = np.flatnonzero(masks.swapaxes(0, 1))
+    chunks = max(1, -(-len(found) // MASKED_CHUNK))
+    rows = np.full(chunks * MASKED_CHUNK, -1, np.int64)
+    rows[: len(found)] = found
+    return rows
+
+
 @dataclass
 class Group:
     """Consecutive views of equal size."""
@@ -115,6 +137,14 @@ class Views:
     index: Tensor
     label: Tensor | None = None
     masks: Tensor | None = None
+    """bool [B, M, h, w]: hidden patches of the M views that have a mask."""
+    masked: Tensor | None = None
+    """int64 [R]: the hidden patches by their numbers, as `masked_patches` lists them."""
+
+    def __post_init__(self) -> None:
+        if self.masked is not None:
+            # The only length that changes from step to step: a compiled graph has to serve every R.
+            torch._dynamo.mark_dynamic(self.masked, 0)
 
     def per_view(self) -> tuple[Tensor, ...]:
         """[B, 3, s, s] of every view in the declared order, as slices of the groups."""

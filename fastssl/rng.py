@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Streams keep draws of different purposes apart.
 ORDER, CROP, COLOUR, MASK, PATCH, STEP = 0, 1, 2, 3, 4, 5
+MONTAGE, TUNING = 6, 7
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -59,6 +60,13 @@ def fill_uniform(out, seed, stream, epoch, sample, view):
 
 
 @njit(nogil=True)
+def uniform(seed, stream, epoch, sample, view, slot):
+    """Slot `slot` of what `fill_uniform` fills, alone: for draws whose number is not known before."""
+    words = philox4x32(sample, epoch, view | (stream << 16), slot // 4, uint64(seed) & uint64(_U32), uint64(seed) >> uint64(32))
+    return words[slot % 4] * _TO_UNIT
+
+
+@njit(nogil=True)
 def random_u32(seed, stream, epoch, a, b):
     """One uint32 for the counter (a, epoch, b | stream << 16, 0): what a hash of two small integers needs."""
     word, _, _, _ = philox4x32(a, epoch, b | (stream << 16), 0, uint64(seed) & uint64(_U32), uint64(seed) >> uint64(32))
@@ -90,3 +98,11 @@ def uniform_torch(seed: int, stream: int, epoch: int, sample: torch.Tensor, view
         k0, k1 = (k0 + _W0) & _U32, (k1 + _W1) & _U32
     words = torch.stack((c0, c1, c2, c3), dim=-1).flatten(2)[..., :slots]
     return words.double() * _TO_UNIT
+
+
+def permutations(count: int, size: int, seed: int, stream: int, epoch: int) -> np.ndarray:
+    """int64 [count, size] on the host: so many random orders of 0 .. size - 1, each keyed by its number."""
+    import torch
+
+    keys = uniform_torch(seed, stream, epoch, torch.arange(size), torch.arange(count), 1)
+    return keys[..., 0].argsort(dim=1, stable=True).numpy()

@@ -1,4 +1,4 @@
-"""Where every view is cut: boxes and flips drawn from the sample's own random stream, before anything is decoded.
+"""Where every view is cut: boxes and flips drawn from the sample's own random stream, before anything is decoded; and its masks.
 
 `Crop` follows torchvision's RandomResizedCrop.get_params inside the view's region; `CenterCrop` is the box that torchvision's
 Resize + CenterCrop would show; either may be flipped.  Draws are keyed by (seed, epoch, sample id, view), so they are the same
@@ -15,6 +15,7 @@ from numba import njit
 from fastssl.rng import CROP, fill_uniform
 from fastssl.views import CenterCrop, ViewSpec
 from loaders.errors import DataError
+from loaders.masks import Masks
 
 _TRIES = 10
 # Slots of a (sample, view) in the CROP stream: flip, top, left, then area and ratio of each try.
@@ -88,10 +89,11 @@ def _draw(boxes, flips, ids, heights, widths, random, centre, seed, epoch):
 
 
 class Geometry:
-    """The boxes and flips of a ViewSpec."""
+    """The boxes, flips and masks of a ViewSpec."""
 
     def __init__(self, spec: ViewSpec, seed: int = 0) -> None:
         self.seed = seed
+        self._masks = Masks(spec, seed)
         # Columns: region (top, left, bottom, right), scale, ratio, flip, whether the region counts from the middle.
         self._random = np.zeros((len(spec), 10))
         self._centre = np.zeros((len(spec), 2), np.int64)
@@ -115,3 +117,7 @@ class Geometry:
         flips = np.empty((len(ids), len(self._random)), np.bool_)
         _draw(boxes, flips, ids, heights, widths, self._random, self._centre, np.uint64(self.seed % 2**64), epoch)
         return boxes, flips
+
+    def draw_masks(self, ids: np.ndarray, epoch: int) -> np.ndarray | None:
+        """bool [B, M, h, w] of the M views that have a mask, True where a patch is hidden; None when no view has one."""
+        return self._masks.draw(ids, epoch) if len(self._masks.views) else None

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.batch import ImageBatch
+from fastssl.batch import ImageBatch, masked_patches
 from loaders.decoder import OK, Decoder
 from loaders.geometry import Geometry
 
@@ -146,13 +146,17 @@ class Ring:
         if total > self._capacity:
             self._capacity = math.ceil(total * 1.15 / 2**20) * 2**20  # batches differ: leave room for the largest
         pixels = self._decode(slot, ids, heights, widths, offsets, total)
-        labels = self._decoder.labels
-        small = [offsets, heights, widths, 3 * widths, ids, boxes, flips] + ([] if labels is None else [labels[ids]])
-        offset, height, width, pitch, index, box, flip, *label = self._pack(slot, small)
+        small = {"offset": offsets, "height": heights, "width": widths, "pitch": 3 * widths, "index": ids, "boxes": boxes, "flips": flips}
+        if self._decoder.labels is not None:
+            small["label"] = self._decoder.labels[ids]
+        if (masks := self._geometry.draw_masks(ids, job.epoch)) is not None:
+            small |= {"masks": masks, "masked": masked_patches(masks)}
+        packed = dict(zip(small, self._pack(slot, list(small.values())), strict=True))
         if self._cuda:
             slot.copied.record()
         return ImageBatch(
-            *(pixels, offset, height, width, pitch, index, label[0] if label else None, box, flip),
+            pixels=pixels,
+            **({"label": None} | packed),
             epoch=job.epoch,
             step=job.step,
             max_hw=(int(heights.max()), int(widths.max())),

@@ -165,6 +165,8 @@ class Augmenter:
             source_hw=torch.stack((batch.height, batch.width), 1),
             index=batch.index,
             label=batch.label,
+            masks=batch.masks,
+            masked=batch.masked,
         )
 
     def _group(self, batch: ImageBatch, plan: GroupPlan, params: ColourParams) -> Group:

@@ -1,4 +1,5 @@
 """OBoW's patches: squares cut from one finished crop at jittered places of a 3 x 3 grid (methods: sfrik; golden sfrik_patchgrid).
+W2SSL's windows: two of them, one above the other.
 
 Crop, flip and colours are drawn once per image and the patches share them, so they are cut last, from normalised pixels.
 Static shapes, no host synchronisation; every draw is keyed by (seed, epoch, sample id, view).
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastssl.rng import PATCH, uniform_torch
-from fastssl.views import PatchCrop
+from fastssl.views import PatchCrop, WindowCrop
 
 SIDE = 3
 CELLS = SIDE * SIDE
@@ -23,12 +24,23 @@ def draw(crop: PatchCrop, *, seed: int, epoch: int, index: Tensor, view: int) ->
     device = index.device
     # arange, unlike tensor([view]), copies nothing from the host
     u = uniform_torch(seed, PATCH, epoch, index, torch.arange(view, view + 1, device=device), SLOTS)[0]
+    if isinstance(crop, WindowCrop):
+        return windows(crop, u[:, :3])
     jitter = (u[:, FIRST_JITTER:FIRST_SORT] * (crop.patch_jitter + 1)).long().unflatten(1, (CELLS, 2))
     if crop.patches == CELLS:
         cells = torch.arange(CELLS, device=device).expand(len(index), -1)
     else:
         cells = u[:, FIRST_SORT:].argsort(dim=1, stable=True)[:, : crop.patches]
     return corners(crop, jitter, cells)
+
+
+def windows(crop: WindowCrop, u: Tensor) -> Tensor:
+    """Top left corners int64 [2, B, 2] (y, x) of the upper and the lower window.  u: float64 [B, 3] in [0, 1): for the left side of both,
+    for each one's top."""
+    room = crop.size - crop.patch_size
+    left = (u[:, 0] * (room + 1)).long()
+    moved = (u[:, 1:] * (crop.patch_jitter + 1)).long()
+    return torch.stack((torch.stack((moved[:, 0], left), 1), torch.stack((room - moved[:, 1], left), 1)))
 
 
 def corners(crop: PatchCrop, jitter_yx: Tensor, cells: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Rows are crop-major: all B images of crop 1, then of crop 2, and so on.  Everything is fp32 or wider, whatever the logits
 are: cosines of 8 bits divided by 0.04 would not be.  Temperatures may be 0-d tensors, so that a compiled graph serves all
-epochs.  DINO: Caron et al., ICCV 2021, arXiv 2104.14294; SCFS: Song et al., ICCV 2023, arXiv 2212.06486.
+epochs.  DINO: Caron et al., ICCV 2021, arXiv 2104.14294; iBOT: Zhou et al., ICLR 2022, arXiv 2111.07832; SCFS: Song et al., ICCV
+2023, arXiv 2212.06486.
 """
 
 from __future__ import annotations
@@ -30,9 +31,21 @@ def teacher_probabilities(logits: Tensor, temperature: Temperature, center: Tens
     return torch.softmax(scaled(logits - center, temperature), dim=-1)
 
 
-def entropy(probs: Tensor) -> Tensor:
-    """Mean entropy of the teacher's distributions [R, O] in nats: 0 or ln O when a run has collapsed.  Detached scalar."""
-    return torch.special.entr(probs.detach()).sum(-1).mean()
+def entropy(probs: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean entropy of the teacher's distributions [R, O] in nats: 0 or ln O when a run has collapsed.  Detached scalar.
+
+    weights: [R], of a weighted mean; 0 where all of them are 0.
+    """
+    rows = torch.special.entr(probs.detach()).sum(-1)
+    if weights is None:
+        return rows.mean()
+    return (weights * rows).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def cross_entropies(student: Tensor, probs: Tensor, temperature: Temperature) -> Tensor:
+    """H(q_r, softmax(s_r / tau_s)) of every row.  student, probs: [R, O] -> [R]."""
+    s = scaled(student, temperature)
+    return s.logsumexp(-1) - (probs * s).sum(-1)
 
 
 def matched_loss(student: Tensor, probs: Tensor, temperature: Temperature) -> Tensor:
@@ -40,8 +53,24 @@ def matched_loss(student: Tensor, probs: Tensor, temperature: Temperature) -> Te
 
     SCFS's local stage loss: row r of the student is a local crop, row r of the teacher what was searched for it.
     """
-    s = scaled(student, temperature)
-    return (s.logsumexp(-1) - (probs * s).sum(-1)).mean()
+    return cross_entropies(student, probs, temperature).mean()
+
+
+def masked_loss(student: Tensor, probs: Tensor, weights: Tensor, temperature: Temperature) -> Tensor:
+    """sum_r w_r H(q_r, softmax(s_r / tau_s)): iBOT's patch loss over masked patches r.  student, probs: [R, O], weights: [R] -> scalar."""
+    return (weights * cross_entropies(student, probs, temperature)).sum()  # autocast would take 16 bits for a product of vectors
+
+
+def patch_weights(masks: Tensor, patches: Tensor) -> Tensor:
+    """What the listed patches count in a mean over the hidden ones of a crop, then over crops: 1 / (hidden in the crop x crops).
+
+    masks: bool [C, N]; patches: int64 [R], numbers in [C N], or -1 -> [R]; 0 for -1 and for patches that are not hidden.  A crop
+    without hidden patches adds nothing but stays in the mean.  float64: 1 / n has to be exact in double runs; R is small.
+    """
+    crops, n = masks.shape
+    at = patches.clamp(min=0)
+    counted = (patches >= 0) & masks.flatten()[at]
+    return counted.double() / (crops * masks.sum(1).clamp(min=1)[at // n])
 
 
 def dino_loss(student_global: Tensor, student_local: Tensor | None, probs: Tensor, temperature: Temperature) -> Tensor:

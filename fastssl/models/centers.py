@@ -1,4 +1,4 @@
-"""Running centres of teacher outputs (DINO, SCFS): buffers that follow the mean over the global batch."""
+"""Running centres of teacher outputs (DINO, SCFS, iBOT): buffers that follow the mean over the global batch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ class Centers(nn.Module):
     `accumulate` in the forward pass, `update` after the step: a step uses the centres of the steps before it, and the mean is
     over all rows of all micro-batches and ranks, however they are shared out.
 
-    sizes: name -> O; the names are the state-dict keys.  Sums are fp32, or fp64 in a double module.
+    sizes: name -> O; the names are the state-dict keys.  momentum: m of all, or by name.  Sums are fp32, or fp64 in a double
+    module.
     """
 
-    def __init__(self, sizes: Mapping[str, int], momentum: float = 0.9):
+    def __init__(self, sizes: Mapping[str, int], momentum: float | Mapping[str, float] = 0.9):
         super().__init__()
-        self.sizes, self.momentum = dict(sizes), momentum
+        self.sizes = dict(sizes)
+        self.momentum = dict(momentum) if isinstance(momentum, Mapping) else dict.fromkeys(self.sizes, momentum)
         for name, size in self.sizes.items():
             self.register_buffer(name, torch.zeros(1, size))
         # The sums of all centres, then their row counts: one collective takes them all.  Zero between steps, hence not saved.
@@ -43,6 +45,6 @@ class Centers(nn.Module):
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self.pending)
         *sums, counts = self.pending.split((*self.sizes.values(), len(self.sizes)))
-        means = [(total / count).unsqueeze(0) for total, count in zip(sums, counts, strict=True)]
-        torch._foreach_lerp_([self[name] for name in self.sizes], means, 1 - self.momentum)
+        for name, total, count in zip(self.sizes, sums, counts, strict=True):
+            self[name].lerp_((total / count).unsqueeze(0), 1 - self.momentum[name])
         self.pending.zero_()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import OrderedDict
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastssl.config import ConfigError
 
 
 class MLP(nn.Module):
@@ -36,6 +40,38 @@ class MLP(nn.Module):
         return self.mlp(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
+class PlainMLP(nn.Module):
+    """linear - ReLU - linear with biases, as PyTorch initialises them: MoCo v2's head.  x: [R, in] rows -> [R, out]."""
+
+    def __init__(self, in_features: int, hidden: int, out_features: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(in_features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[B, P, in] -> [B, P, out], every position one row."""
+        return self.mlp(x)
+
+
+class ExpanderMLP(nn.Sequential):
+    """The projector of SFRIK and VICReg (methods/sfrik.md section 3).  x: [R, in] rows -> [R, q].
+
+    widths "a-b-q": linear - BN - ReLU to a and to b, then a linear without bias to q.  The other linears have biases; all start as
+    PyTorch's do.  ConfigError unless `widths` is one or more positive numbers with hyphens between.
+    """
+
+    def __init__(self, in_features: int, widths: str):
+        if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", widths):
+            raise ConfigError(f"--method.mlp '{widths}' must be the widths of the layers with hyphens between, such as 8192-8192-32768.")
+        *hidden, q = map(int, widths.split("-"))
+        blocks: list[nn.Module] = []
+        for a, b in pairwise((in_features, *hidden)):
+            blocks += [nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(inplace=True)]
+        super().__init__(*blocks, nn.Linear(hidden[-1] if hidden else in_features, q, bias=False))
+
+
 class Prototypes(nn.Module):
     """Logits <x / |x|, W_o> on the weight-normalised rows W_o = g_o v_o / |v_o|.  x: [R, in] -> [R, out].
 
@@ -50,9 +86,17 @@ class Prototypes(nn.Module):
         nn.init.uniform_(self.v, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12)
+        return self.product(unit(x))
+
+    def product(self, x: Tensor) -> Tensor:
+        """<x, W_o> of rows x that are as long as they should be."""
         # The weight has fewer elements than the logits of a multi-crop batch: it is the one that is scaled.
         return F.linear(x, self.v * (self.g / torch.linalg.vector_norm(self.v, dim=1, keepdim=True)))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of length 1, in fp32 or wider."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12)
 
 
 class DINOHead(nn.Sequential):
@@ -89,7 +133,45 @@ class DINOHead(nn.Sequential):
                 nn.init.zeros_(m.bias)
 
 
-def embed_std(z: Tensor) -> Tensor:
-    """Mean over dimensions of the standard deviation of unit rows of z [B, D], times sqrt(D): about 1 when spread, 0 when collapsed."""
-    unit = torch.nn.functional.normalize(z.detach().float(), dim=-1)
-    return unit.std(dim=0).mean() * z.shape[-1] ** 0.5
+class IBOTHead(nn.Module):
+    """iBOT's projection head (methods/ibot.md section 3): a `DINOHead` whose last layer patches share with [CLS] or, with
+    `patch_out_features`, have one of their own.
+
+    `bottleneck` takes rows of either kind to unit vectors; `logits` and `patch_logits` go on from there.  The last layer is
+    linear and has no bias, so the logits of a mean of unit vectors are the mean of their logits.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        patch_out_features: int | None = None,
+        bottleneck: int = 256,
+        norm_last_layer: bool = True,
+        **options,
+    ):
+        """options: hidden, layers of `DINOHead`."""
+        super().__init__()
+        *mlp, self.last = DINOHead(in_features, out_features, bottleneck=bottleneck, norm_last_layer=norm_last_layer, **options)
+        self.mlp = nn.Sequential(*mlp)
+        own = patch_out_features is not None
+        self.patch_last = Prototypes(bottleneck, patch_out_features, unit_norm=norm_last_layer) if own else None
+
+    def last_layers(self) -> list[Prototypes]:
+        """What the first epochs freeze."""
+        return [self.last] if self.patch_last is None else [self.last, self.patch_last]
+
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., bottleneck], rows of length 1."""
+        return unit(self.mlp(x))
+
+    def logits(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit rows [R, bottleneck] and [P, bottleneck] -> logits [R, O], [P, O']."""
+        if self.patch_last is None:
+            return self.last.product(torch.cat((cls, patches))).split((len(cls), len(patches)))
+        return self.last.product(cls), self.patch_last.product(patches)
+
+    def patch_logits(self, x: Tensor) -> Tensor:
+        """Unit rows, or means of them, [..., bottleneck] -> [..., O']."""
+        return self.last_layers()[-1].product(x)

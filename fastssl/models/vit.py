@@ -1,5 +1,5 @@
 """Vision transformers with a [CLS] token (Dosovitskiy et al., ICLR 2021, arXiv 2010.11929), as DINO trains them
-(Caron et al., ICCV 2021, arXiv 2104.14294; methods/dino.md 1.2).
+(Caron et al., ICCV 2021, arXiv 2104.14294; methods/dino.md 1.2), with masked patches for iBOT (methods/ibot.md section 2).
 
 timm's blocks and names, so a state dict of ours loads strictly into timm's model without its head.  Initialisation: linears,
 [CLS] and positions from N(0, 0.02) cut at +-2, biases 0, LayerNorm weight 1 and bias 0; the patch embedding keeps PyTorch's
@@ -29,21 +29,34 @@ class ViT(Backbone):
     image_size          pixels; side of the images whose patches the position table counts.  Others interpolate in it
     drop_path           block i of n drops each residual branch of each sample with probability drop_path i / (n - 1) when
                         training, and divides the kept ones by the rest
+    layer_scale         what the learned factors of every channel of every residual branch start from; 0: there are none
     """
 
-    def __init__(self, dim: int, depth: int, heads: int, patch_size: int, *, image_size: int = 224, drop_path: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        patch_size: int,
+        *,
+        image_size: int = 224,
+        drop_path: float = 0.0,
+        layer_scale: float = 0.0,
+    ):
         super().__init__()
         if image_size < patch_size:
             raise ConfigError(f"--model.image-size {image_size} is smaller than a patch ({patch_size} pixels).")
         if not 0 <= drop_path < 1:
             raise ConfigError(f"--model.drop-path {drop_path} must be at least 0 and smaller than 1.")
         self.num_features, self.patch_size, self.grid = dim, patch_size, image_size // patch_size
+        self.embed_dim, self.mask_stride, self.num_heads = dim, patch_size, heads
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, dim))
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True, drop_path=rate, norm_layer=norm) for rate in rates)
+        options = {"qkv_bias": True, "norm_layer": norm, "init_values": layer_scale or None}
+        self.blocks = nn.ModuleList(Block(dim, heads, drop_path=rate, **options) for rate in rates)
         self.norm = norm(dim)
         for table in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(table, std=0.02)
@@ -52,25 +65,30 @@ class ViT(Backbone):
                 nn.init.trunc_normal_(m.weight, std=0.02)
                 nn.init.zeros_(m.bias)
 
-    def forward(self, x: Tensor) -> Features:
-        return self.last_blocks(x, 1)[0]
+    def forward(self, x: Tensor, mask: Tensor | None = None, masked_embed: Tensor | None = None) -> Features:
+        return self.last_blocks(x, 1, mask, masked_embed)[0]
 
-    def last_blocks(self, x: Tensor, n: int) -> list[Features]:
+    def last_blocks(self, x: Tensor, n: int, mask: Tensor | None = None, masked_embed: Tensor | None = None) -> list[Features]:
         """Features of the last n blocks' outputs in depth order, each after the same final LayerNorm.  ValueError without n blocks."""
         if not 1 <= n <= len(self.blocks):
             raise ValueError(f"last_blocks takes 1 to {len(self.blocks)} blocks, got {n}")
-        x, outputs = self.embed(x), []
+        x, outputs = self.embed(x, mask, masked_embed), []
         for i, block in enumerate(self.blocks, start=1):
             x = block(x)
             if i > len(self.blocks) - n:
                 y = self.norm(x)
-                outputs.append(Features(pooled=y[:, 0], tokens=y[:, 1:]))
+                outputs.append(Features(pooled=y[:, 0], tokens=y[:, 1:], unnormed=x[:, 1:]))
         return outputs
 
-    def embed(self, x: Tensor) -> Tensor:
-        """images [B, 3, h, w] -> [B, 1 + N, D], the first block's input: [CLS] and patches, each with its position."""
+    def embed(self, x: Tensor, mask: Tensor | None = None, masked_embed: Tensor | None = None) -> Tensor:
+        """images [B, 3, h, w] -> [B, 1 + N, D], the first block's input: [CLS] and patches, each with its position.
+
+        mask [B, h / p, w / p], bool: patches whose embedding, bias included, is `masked_embed` [1, D] instead.
+        """
         patches = self.patch_embed(x).flatten(2).transpose(1, 2)
-        return torch.cat((self.cls_token.expand(len(x), -1, -1), patches), dim=1) + self.positions(*x.shape[-2:])
+        if mask is not None:
+            patches = torch.where(mask.flatten(1).unsqueeze(-1), masked_embed, patches)
+        return torch.cat((self.cls_token.expand(x.shape[0], -1, -1), patches), dim=1) + self.positions(*x.shape[-2:])
 
     def positions(self, h: int, w: int) -> Tensor:
         """The position table for images of h x w pixels: [1, 1 + N, D], [CLS] first."""
