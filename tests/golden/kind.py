@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
-from fnmatch import fnmatchcase
+from fnmatch import translate
 
 import numpy as np
 
@@ -23,11 +24,12 @@ class Kind:
     """
 
     def __init__(self, reproduce: Callable[[Arrays], Arrays], inputs: tuple[str, ...]):
-        self._reproduce, self._inputs = reproduce, (*inputs, "kind")
+        self._reproduce = reproduce
+        self._is_input = re.compile("|".join(map(translate, (*inputs, "kind")))).match
         self._done: tuple[str, Arrays] | None = None
 
     def outputs(self, arrays: Arrays) -> list[str]:
-        return [k for k in arrays if not any(fnmatchcase(k, pattern) for pattern in self._inputs)]
+        return [k for k in arrays if not self._is_input(k)]
 
     def __call__(self, arrays: Arrays) -> None:
         produced, outputs = self.reproduced(arrays), self.outputs(arrays)
@@ -63,13 +65,13 @@ class Checked(Kind):
         self._check(arrays)
 
 
-def compare(name: str, actual: np.ndarray, expected: np.ndarray) -> None:
-    """max |a - b| <= tolerance * max |b|; integers and text must be equal."""
+def compare(name: str, actual: np.ndarray, expected: np.ndarray, tolerance: float | None = None) -> None:
+    """max |a - b| <= tolerance * max |b|, by default that of the dtype; integers and text must be equal."""
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
     if expected.dtype not in TOLERANCE:
         assert (actual == expected).all(), f"{name}: {actual} != {expected}"
         return
     assert np.isfinite(actual).all(), f"{name}: not finite"
     error = np.abs(actual.astype(np.float64) - expected).max(initial=0)
-    bound = TOLERANCE[expected.dtype] * np.abs(expected).max(initial=0) + NOISE
+    bound = (tolerance or TOLERANCE[expected.dtype]) * np.abs(expected).max(initial=0) + NOISE
     assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
