@@ -6,7 +6,7 @@ import copy
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
@@ -20,6 +20,20 @@ def without_drop_path(module: nn.Module) -> nn.Module:
         if hasattr(m, "drop_prob"):
             m.drop_prob = 0.0
     return module
+
+
+@torch.no_grad()
+def average_buffers_(online: nn.Module, target: nn.Module, weight: float | Tensor) -> None:
+    """target <- target + weight (online - target) for floating buffers; integer ones are copied (EMAN).  weight: may be a 0-d tensor."""
+    pairs = list(zip(online.buffers(), target.buffers(), strict=True))
+    averaged, counters = ([(o, t) for o, t in pairs if o.is_floating_point() == floating] for floating in (True, False))
+    if averaged:
+        targets = [t for _, t in averaged]
+        change = torch._foreach_sub([o for o, _ in averaged], targets)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(targets, change)
+    if counters:
+        torch._foreach_copy_([t for _, t in counters], [o for o, _ in counters])
 
 
 class Ema:
@@ -45,11 +59,6 @@ class Ema:
     def update_(self, momentum: float) -> None:
         # Collected each time: moving or casting a module may replace its tensors.
         source, target = list(self.online.parameters()), list(self.target.parameters())
-        if self.buffers:
-            pairs = list(zip(self.online.buffers(), self.target.buffers(), strict=True))
-            source += [o for o, _ in pairs if o.is_floating_point()]
-            target += [t for _, t in pairs if t.is_floating_point()]
-            counters = [(t, o) for o, t in pairs if not o.is_floating_point()]
-            if counters:
-                torch._foreach_copy_([t for t, _ in counters], [o for _, o in counters])
         torch._foreach_lerp_(target, source, 1.0 - momentum)
+        if self.buffers:
+            average_buffers_(self.online, self.target, 1.0 - momentum)

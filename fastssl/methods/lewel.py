@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.batch import Views
+from fastssl.collapse import embedding_logs
 from fastssl.config import ConfigError, MethodConfig
 from fastssl.ema import Ema, frozen_copy
 from fastssl.losses.cosine import cosine_loss
 from fastssl.method import Method, StepOutput
 from fastssl.methods.byol import check_two_views
-from fastssl.models.heads import MLP, embed_std
+from fastssl.models.heads import MLP
 from fastssl.models.norm import apply_norm_policy
 from fastssl.optim.schedules import Sched
 from fastssl.views import ViewSpec
@@ -60,18 +61,38 @@ def aligned_pooling(pixels: Tensor, maps: Tensor, heads: int) -> Tensor:
     return torch.einsum("bmtj,bmtc->bjtc", m, x).flatten(2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AlignedConfig(MethodConfig):
+    """Heads and maps, as LEWEL_B and LEWEL_M have them."""
+
+    hidden: int = 4096
+    """Width of all heads."""
+    dim: int = 256
+    """Projection K; also the number of alignment maps."""
+    heads: int = 4
+    """Channel groups H: n = K / H aligned vectors."""
+    scale: float = 1.0
+    """Temperature sigma of the maps' softmax."""
+    loss_weight: float = 0.5
+    """Weight w of the global term; the aligned term has 1 - w."""
+
+    def projector(self, channels: int) -> nn.Module:
+        """A new head from `channels` to K: g or p."""
+        raise NotImplementedError(f"{type(self).__qualname__} has no projector")
+
+
 class AlignedNet(nn.Module):
     """Backbone f, coupled projector g, projector p of the aligned vectors.  images -> Embeddings."""
 
-    def __init__(self, backbone: nn.Module, cfg: LEWEL.Config):
+    def __init__(self, backbone: nn.Module, cfg: AlignedConfig):
         super().__init__()
         channels = backbone.num_features
         for what, width in (("dim", cfg.dim), ("the backbone's width", channels)):
             if width % cfg.heads:
                 raise ConfigError(f"LEWEL pools in --method.heads {cfg.heads} groups, which must divide {what} ({width}).")
         self.backbone = backbone
-        self.projector = MLP(channels, cfg.hidden, cfg.dim, layers=cfg.projector_layers)
-        self.aligned_projector = MLP(channels, cfg.hidden, cfg.dim, layers=cfg.projector_layers)
+        self.projector = cfg.projector(channels)
+        self.aligned_projector = cfg.projector(channels)
         self.heads, self.scale = cfg.heads, cfg.scale
 
     def forward(self, x: Tensor) -> Embeddings:
@@ -87,23 +108,16 @@ class AlignedNet(nn.Module):
 
 class LEWEL(Method):
     @dataclass(frozen=True, kw_only=True)
-    class Config(MethodConfig):
-        """LEWEL's heads and maps."""
+    class Config(AlignedConfig):
+        """LEWEL_B's heads and maps."""
 
         name: ClassVar[str] = "lewel"
 
-        hidden: int = 4096
-        """Width of all heads."""
-        dim: int = 256
-        """Projection K; also the number of alignment maps."""
-        heads: int = 4
-        """Channel groups H: n = K / H aligned vectors."""
-        scale: float = 1.0
-        """Temperature sigma of the maps' softmax."""
-        loss_weight: float = 0.5
-        """Weight w of the global term; the aligned term has 1 - w."""
         projector_layers: int = 2
         """Linear layers of g and p; the predictors have two."""
+
+        def projector(self, channels: int) -> nn.Module:
+            return MLP(channels, self.hidden, self.dim, layers=self.projector_layers)
 
     backbone_prefix = "online.backbone."
     target_backbone_prefix = "target.backbone."
@@ -145,5 +159,5 @@ class LEWEL(Method):
         (g12, a12), (g21, a21) = self.direction(o1, t2), self.direction(o2, t1)
         w = self.loss_weight
         loss = w * (g12 + g21) + (1 - w) * (a12 + a21)  # in [0, 8]
-        logs = {"loss_global": (g12 + g21).detach(), "loss_aligned": (a12 + a21).detach(), "embed_std": embed_std(o1.z)}
+        logs = {"loss_global": (g12 + g21).detach(), "loss_aligned": (a12 + a21).detach(), **embedding_logs(o1.z)}
         return StepOutput(loss, logs)
