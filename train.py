@@ -64,7 +64,8 @@ def train(cfg: RunConfig, dist: Dist) -> State:
     cli.check_last_batch(loader.smallest_batch)
     folder, resume = runs.open_run(cfg, dist)
     torch.manual_seed(t.seed)
-    backbone = partial(build_backbone, m.arch, image_size=m.image_size, drop_path=m.drop_path)
+    options = {"image_size": m.image_size, "drop_path": m.drop_path, "layer_scale": m.layer_scale}
+    backbone = partial(build_backbone, m.arch, **options, zero_init_residual=m.zero_init_residual)
     method = METHODS[cfg.method.name](cfg.method, backbone, m.norm)
     state = prepare(method, cfg, dist, loader.steps_per_epoch)
     checkpoint.check_free_space(state, folder)
@@ -98,6 +99,7 @@ def build_hooks(cfg: RunConfig, dist: Dist, folder: Path, dtype: torch.dtype, *,
     """In the order they run: evaluation before the checkpoint, pictures last."""
     progress = hooks.Progress(folder)
     chosen: list[hooks.Hook] = [hooks.Preemption(), progress, hooks.NonFinite(folder, max_bad_steps=cfg.train.max_bad_steps)]
+    chosen.append(hooks.CollapseAlarm())
     e = cfg.eval
     if e.knn_every_epochs and not (labelled and has_split(cfg.data.path, "val")):
         if dist.is_main:
@@ -111,6 +113,7 @@ def build_hooks(cfg: RunConfig, dist: Dist, folder: Path, dtype: torch.dtype, *,
             k=e.knn_k,
             resize=e.resize,
             crop=e.crop,
+            normalisation=cfg.views[0].photometric,
             dtype=dtype,
             backend=cfg.efficiency.loader,
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fastssl import checkpoint, pictures
+from fastssl import checkpoint, collapse, pictures
 from fastssl.engine import State
 from fastssl.metrics import Record, RunLog
 
@@ -131,6 +131,23 @@ class NonFinite(Hook):
                 f"are in {dump}. Lower --optim.base-lr, lengthen --optim.warmup-epochs or take --efficiency.dtype bf16, and continue "
                 f"from the last checkpoint with --train.resume auto."
             )
+
+
+class CollapseAlarm(Hook):
+    """Warns, at most once an epoch, when a value that the method watches leaves its range; not before the warm-up is over."""
+
+    def __init__(self) -> None:
+        self.quiet_until = 0
+
+    def start(self, state: State) -> None:
+        self.quiet_until = max(state.cfg.optim.warmup_epochs, 1) * state.steps_per_epoch
+
+    def after_step(self, state: State) -> None:
+        if state.record is None or state.step < self.quiet_until or not state.dist.is_main:
+            return
+        for line in collapse.signs(state.method.watches, state.record):
+            log.warning(f"step {state.step}: this run may have collapsed: {line}")
+            self.quiet_until = state.step + state.steps_per_epoch
 
 
 class Pictures(Hook):
