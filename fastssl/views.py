@@ -79,6 +79,14 @@ class PatchCrop(Crop):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WindowCrop(PatchCrop):
+    """A `PatchCrop` whose patches are an upper and a lower window with a common left side (W2SSL's older view 2), 0 to `patch_jitter`
+    pixels below the highest place and above the lowest."""
+
+    patches: Literal[2] = 2
+
+
+@dataclass(frozen=True, kw_only=True)
 class Photometric:
     """Colour operations in torchvision's order: jitter, grey, blur, solarise, normalise.  0 switches one off."""
 
@@ -103,11 +111,38 @@ class Photometric:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Patches of a view that the student does not see (iBOT; methods/ibot.md section 6); drawn for every image.
+
+    ValueError unless the ratios lie in [0, 1] and each has its spread.
+    """
+
+    shape: Literal["block", "rand"] = "block"
+    """block: BEiT's rectangles, of at most the drawn share of the patches; rand: as many single patches as fit into it."""
+    pred_ratio: tuple[float, ...] = (0.0, 0.3)
+    """Shares of the patches to hide, of which each image takes one."""
+    pred_ratio_var: tuple[float, ...] = (0.0, 0.2)
+    """Spread of each share: it is drawn from U(ratio - spread, ratio + spread)."""
+    patch_size: int = 16
+    """Side of what one element of the mask hides, pixels: the patch of a ViT, 32 for a Swin transformer."""
+
+    def __post_init__(self) -> None:
+        if not self.pred_ratio or len(self.pred_ratio) != len(self.pred_ratio_var):
+            raise ValueError(f"pred_ratio {self.pred_ratio} and pred_ratio_var {self.pred_ratio_var} must be equally many, at least one.")
+        if any(ratio - spread < 0 or ratio + spread > 1 for ratio, spread in zip(self.pred_ratio, self.pred_ratio_var, strict=True)):
+            raise ValueError(f"pred_ratio {self.pred_ratio} -+ pred_ratio_var {self.pred_ratio_var} must stay within 0 and 1.")
+        if self.patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1 pixel, got {self.patch_size}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class View:
     """One view of every image."""
 
-    crop: Crop | CenterCrop | PatchCrop = Crop()
+    crop: Crop | CenterCrop | PatchCrop | WindowCrop = Crop()
     photometric: Photometric = Photometric()
+    mask: Mask | None = None
+    """Patches to hide from the student; None: the view has no mask."""
     separate: bool = False
     """Start a new group here although the size is the one of the view before."""
 
@@ -222,13 +257,19 @@ def dino(
     local_size: int = 96,
     local_scale: tuple[float, float] = (0.05, 0.4),
 ) -> ViewSpec:
-    """DINO (arXiv 2104.14294), iBOT, SERE, SCFS: two global crops with BYOL's colours, then local ones (blur .5), all bicubic.
+    """DINO (arXiv 2104.14294), SCFS; with masks iBOT, SERE: two global crops with BYOL's colours, then local ones (blur .5), all bicubic.
 
     The scales and the number of local crops are what their presets change; defaults: DINO's code and its ViT-S of 100 epochs.
     """
     local = Crop(size=local_size, scale=local_scale, interpolation="bicubic")
     local_view = View(crop=local, photometric=replace(BYOL_JITTER, blur=0.5))
     return (*_asymmetric(Crop(size=size, scale=global_scale, interpolation="bicubic")), *[local_view] * local_crops)
+
+
+def ibot(*, mask: Mask = Mask(), **crops) -> ViewSpec:
+    """iBOT (arXiv 2111.07832) and SERE: `dino`, whose arguments `crops` are, with masks on the two global crops."""
+    first, second, *local = dino(**crops)
+    return (replace(first, mask=mask), replace(second, mask=mask), *local)
 
 
 def _parts(regions: tuple, crop: Crop, view1: Photometric, view2: Photometric) -> ViewSpec:
@@ -244,6 +285,14 @@ def w2ssl(*, size: int = 112, min_scale: float = 0.2) -> ViewSpec:
     """W2SSL's strips (its code): left and right as view 1, left and right as view 2, colours as `byol_asymmetric`."""
     view1, view2 = (view.photometric for view in byol_asymmetric())
     return _parts(W2SSL_HALVES, Crop(size=size, scale=(min_scale, 1.0)), view1, view2)
+
+
+def w2ssl_windows(*, size: int = 112, min_scale: float = 0.2) -> ViewSpec:
+    """W2SSL as older caches of its code have it: the strips as view 1; view 2 is one crop of the whole image, of twice the side, with its
+    colours, that is handed out as two windows (methods/w2ssl.md section 14)."""
+    left, right, view2, _ = w2ssl(size=size, min_scale=min_scale)
+    crop = WindowCrop(size=2 * size, scale=(min_scale, 1.0), patch_size=size, patch_jitter=3 * size // 5)
+    return (left, right, View(crop=crop, photometric=view2.photometric))
 
 
 def w2ssl_quad(*, size: int = 112, min_scale: float = 0.2) -> ViewSpec:
@@ -282,12 +331,13 @@ RECIPES: dict[str, Callable[[], ViewSpec]] = {
     "swav_stl10": partial(swav, dataset="stl10", sizes=(64, 32)),
     "dino": dino,
     "dino_r50": partial(dino, global_scale=(0.14, 1.0), local_scale=(0.05, 0.14)),
-    "ibot": partial(dino, global_scale=(0.25, 1.0), local_crops=10, local_scale=(0.05, 0.25)),
-    "ibot_vitb": partial(dino, global_scale=(0.32, 1.0), local_crops=10, local_scale=(0.05, 0.32)),
-    "sere": partial(dino, local_crops=10),
-    "sere_vitb": partial(dino, global_scale=(0.32, 1.0), local_crops=10, local_scale=(0.05, 0.32)),
+    "ibot": partial(ibot, global_scale=(0.25, 1.0), local_crops=10, local_scale=(0.05, 0.25)),
+    "ibot_vitb": partial(ibot, global_scale=(0.32, 1.0), local_crops=10, local_scale=(0.05, 0.32)),
+    "sere": partial(ibot, local_crops=10),
+    "sere_vitb": partial(ibot, global_scale=(0.32, 1.0), local_crops=10, local_scale=(0.05, 0.32)),
     "scfs": partial(dino, global_scale=(0.25, 1.0), local_scale=(0.05, 0.25)),
     "w2ssl": w2ssl,
+    "w2ssl_windows": w2ssl_windows,
     "w2ssl_quad": w2ssl_quad,
     "eval": center_crop,
     "eval_bicubic": partial(center_crop, interpolation="bicubic"),
