@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadf
 COMPILE := uv pip compile -q --universal --python-version 3.10 --no-annotate --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report demo test test-all lint lock convert-imagenet bench gpu-check eval-knn visualize
+.PHONY: help setup report demo test test-all lint lock convert-imagenet bench gpu-check eval-knn eval-linear eval-all visualize
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1|/' | while IFS='|' read -r name text; do printf '  %-18s%s\n' "$$name" "$$text"; done
@@ -53,6 +53,14 @@ gpu-check: $(READY)  ## GPU tests and benchmarks, one JSON in benchmarks/results
 eval-knn: $(if $(CHECKPOINT),$(READY))  ## k-NN of a backbone    CHECKPOINT=FILE [DATA=data/imagenet]
 	@test -n "$(CHECKPOINT)" || { echo "Say which backbone: make eval-knn CHECKPOINT=runs/NAME/checkpoint_last.pt" >&2; exit 2; }
 	@$(PY) -m eval.knn --checkpoint "$(CHECKPOINT)" $(if $(DATA),--data "$(DATA)")
+
+eval-linear: $(if $(CHECKPOINT),$(READY))  ## linear classifier on a frozen backbone    CHECKPOINT=FILE [DATA=data/imagenet] [PROTOCOL=linear/lewel] [ARGS="--epochs 5"]
+	@test -n "$(CHECKPOINT)" || { echo "Say which backbone: make eval-linear CHECKPOINT=runs/NAME/checkpoint_last.pt" >&2; exit 2; }
+	@$(PY) -m eval.linear --checkpoint "$(CHECKPOINT)" $(if $(DATA),--data "$(DATA)") $(if $(PROTOCOL),--protocol "$(PROTOCOL)") $(ARGS)
+
+eval-all: $(if $(CKPT),$(READY))  ## every protocol that fits a backbone, in fewer epochs, and a table    CKPT=FILE [DATA=data/imagenet] [EPOCHS=5] [ARGS="--crop 64 --resize 72 --only linear"]
+	@test -n "$(CKPT)" || { echo "Say which backbone: make eval-all CKPT=runs/NAME/checkpoint_last.pt DATA=data/NAME" >&2; exit 2; }
+	@$(PY) -m eval.all --checkpoint "$(CKPT)" $(if $(DATA),--data "$(DATA)") $(if $(EPOCHS),--epochs $(EPOCHS)) $(ARGS)
 
 visualize: $(if $(CHECKPOINT),$(READY))  ## where a network looks: SCFS, LEWEL, ViTs    CHECKPOINT=FILE [ARGS="photo.jpg --out sheet.png"]
 	@test -n "$(CHECKPOINT)" || { echo "Say which network: make visualize CHECKPOINT=runs/NAME/checkpoint_last.pt" >&2; exit 2; }

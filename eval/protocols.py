@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -10,11 +11,16 @@ from typing import ClassVar, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedKNN:
-    """`knn/dino`: every validation image asks the training set; neighbours vote with weight exp(cosine / temperature).
+    """Every validation image asks the training set; neighbours vote with weight exp(cosine / temperature).
 
     Source: Caron et al., ICCV 2021 (DINO), its k-NN evaluation: shorter side 256 bicubic, centre crop 224, L2-normalised
     pooled features, k in {10, 20, 100, 200} of which 20 is the one reported (methods/dino.md, 9.1).  DINO and its followers
     measure the target ("teacher") network, the others the online network.
+
+    knn/dino    as above
+    knn/ibot    the same on [CLS] (methods/ibot.md, 10)
+    knn/sfrik   the same of the online network; top-5 counts the first k classes where k < 5 (methods/sfrik.md, 10).  STL10: the
+                images as they are, --resize 96 --crop 96
     """
 
     splits: ClassVar[tuple[str, ...]] = ("train", "val")
@@ -24,6 +30,8 @@ class WeightedKNN:
     resize: int = 256
     crop: int = 224
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    top5_within_k: bool = False
+    """Of fewer than five neighbours no more classes than neighbours are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +53,37 @@ class LewelMonitor:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
 
-KNN_PROTOCOLS = {p.name: p for p in (WeightedKNN(), LewelMonitor())}
+KNN_PROTOCOLS = {
+    p.name: p for p in (WeightedKNN(), WeightedKNN(name="knn/ibot"), WeightedKNN(name="knn/sfrik", top5_within_k=True), LewelMonitor())
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogisticRegression:
+    """`logreg/sfrik`: a linear classifier on kept features, without augmentation.
+
+    Source: SFRIK's code (methods/sfrik.md, 10): features of bicubic 256 / centre crop 224, not normalised; weight from N(0, 0.01),
+    bias 0; SGD with momentum 0.9 and the decay on both, the learning rate not scaled with the batch and on a cosine that is stepped
+    once an epoch; order of torch's DistributedSampler with seed 0; the last batch may be smaller.
+    """
+
+    name: str = "logreg/sfrik"
+    epochs: int = 100
+    batch_size: int = 256
+    lr: float = 0.4
+    sgd_momentum: float = 0.9
+    weight_decay: float = 1e-6
+    init_std: float = 0.01
+    resize: int = 256
+    crop: int = 224
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+
+def table_line(origin: Mapping[str, object], protocol: str, number: str) -> str:
+    """A line for a table of results in Markdown: what was evaluated, the protocol, the number."""
+    what = " ".join(str(origin[name]) for name in ("method", "arch", "network") if origin[name] is not None)
+    step = "" if origin["step"] is None else f", step {origin['step']}"
+    return f"| {what}{step} | {protocol} | {number} |"
 
 
 def write_result(path: Path, result: dict) -> None:

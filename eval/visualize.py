@@ -22,7 +22,6 @@ from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 
 from eval.attention_maps import CELL, SCALE, AlignmentMaps, Block, ClsAttention, LocalAttention, plain
-from eval.features import load_backbone
 from fastssl import checkpoint
 from fastssl.augment.augmenter import Augmenter
 from fastssl.augment.show import as_batch, check_out, decode, device_named
@@ -32,9 +31,11 @@ from fastssl.distributed import Dist
 from fastssl.method import Method
 from fastssl.methods import METHODS
 from fastssl.methods.lewel import LEWEL
+from fastssl.methods.lewel_m import LEWELM
 from fastssl.methods.scfs import SCFS
-from fastssl.models.backbones import VITS, build_backbone
+from fastssl.models.backbones import MOCOV3_VITS, VITS, build_backbone
 from fastssl.models.vit import ViT
+from fastssl.models.weights import load_backbone
 from fastssl.pictures import CAPTION, GAP, MARGIN, write
 from fastssl.presets import PRESETS
 from fastssl.views import CenterCrop, Photometric, View, ViewSpec
@@ -49,7 +50,7 @@ FONT, CHARACTER = 12, 6.5
 """Pixels of the text: its size, and what a character of a paragraph takes at most on average."""
 BAR = 120, 10
 """Width and height of the bar of colours, pixels."""
-DRAWN = "runs of scfs (attention of local crops), runs of lewel (alignment maps), and any ViT ([CLS] attention), also without its run"
+DRAWN = "runs of scfs (attention of local crops), lewel and lewel_m (alignment maps), and any ViT ([CLS] attention), also without its run"
 
 Subject = LocalAttention | AlignmentMaps | ClsAttention
 
@@ -103,7 +104,8 @@ def saved_config(saved: dict, name: str) -> RunConfig:
 
 def load_method(saved: dict, cfg: RunConfig, name: str) -> Method:
     """The method with the weights of a training checkpoint, in eval mode on the CPU.  CheckpointError for weights that do not fit."""
-    backbone = partial(build_backbone, cfg.model.arch, image_size=cfg.model.image_size, drop_path=cfg.model.drop_path)
+    m = cfg.model
+    backbone = partial(build_backbone, m.arch, image_size=m.image_size, drop_path=m.drop_path, layer_scale=m.layer_scale)
     method = METHODS[cfg.method.name](cfg.method, backbone, cfg.model.norm)
     checkpoint.load_weights(method, saved, Path(name))
     if not all(bool(t.isfinite().all()) for t in method.state_dict().values()):
@@ -123,8 +125,8 @@ def centre_crop(size: int | None, e: EvalConfig, normalisation: Photometric) -> 
 def open_subject(args: Args) -> tuple[Subject, str, RunConfig | None]:
     """What the checkpoint has to show, what it is in words, and its configuration when it is a run's."""
     name, saved = args.checkpoint, read_run(args.checkpoint)
-    if args.maps is not None and (saved is None or saved["method"] != LEWEL.Config.name):
-        raise ConfigError(f"--maps is for runs of lewel, and {name} is none: leave it out.")
+    if args.maps is not None and (saved is None or saved["method"] not in (LEWEL.Config.name, LEWELM.Config.name)):
+        raise ConfigError(f"--maps is for runs of lewel and lewel_m, and {name} is none: leave it out.")
     if saved is None:
         backbone, about = load_backbone(name, network=args.network or "online")
         if not isinstance(backbone, ViT):
@@ -132,7 +134,7 @@ def open_subject(args: Args) -> tuple[Subject, str, RunConfig | None]:
         return ClsAttention(backbone, centre_crop(args.size, EvalConfig(), Photometric())), f"{about['arch']}, {about['source']}", None
     cfg = saved_config(saved, name)
     kind, arch = METHODS[cfg.method.name], cfg.model.arch
-    if kind not in (SCFS, LEWEL) and arch not in VITS:
+    if kind not in (SCFS, LEWEL, LEWELM) and arch not in (*VITS, *MOCOV3_VITS):
         raise CheckpointError(f"{name} is a {arch} trained with {cfg.method.name}, which makes no maps. What can be drawn: {DRAWN}.")
     network = args.network or kind.evaluated
     prefix = kind.target_backbone_prefix if network == "target" else kind.backbone_prefix
@@ -148,8 +150,8 @@ def open_subject(args: Args) -> tuple[Subject, str, RunConfig | None]:
     if isinstance(method, SCFS):
         return LocalAttention(method, cfg.views, network, args.seed), about, cfg
     crop = centre_crop(args.size, cfg.eval, cfg.views[0].photometric)
-    if isinstance(method, LEWEL):
-        return AlignmentMaps(method.target if network == "target" else method.online, crop, args.maps or 2), about, cfg
+    if isinstance(method, LEWEL | LEWELM):
+        return AlignmentMaps(method.get_submodule(prefix.removesuffix(".backbone.")), crop, args.maps or 2), about, cfg
     return ClsAttention(method.get_submodule(prefix.rstrip(".")), crop), about, cfg
 
 

@@ -73,7 +73,10 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     """Everything about a configuration that can be known before data is touched -> warnings; ConfigError when it cannot run."""
     batch = rank_batch(cfg, world)
     method = METHODS[cfg.method.name]
-    method.check_views(cfg.views)
+    method.check(cfg)
+    method.check_ranks(cfg, world)
+    if cfg.model.norm not in method.norm_policies:
+        raise ConfigError(f"{cfg.method.name} has no --model.norm {cfg.model.norm}. Take one of {', '.join(method.norm_policies)}.")
     o, t = cfg.optim, cfg.train
     positive = {
         "--train.epochs": t.epochs,
@@ -145,7 +148,12 @@ def describe(cfg: RunConfig, world: int) -> str:
     derived = (
         f"  images per rank and micro-batch   {rank_batch(cfg, world)}  ({world} ranks x {t.accumulation_steps} micro-batches)\n"
         f"  peak learning rate                {o.peak_lr(t.global_batch_size):g}  ({scaling}; reached after {o.warmup_epochs} epochs)\n"
-        f"  final learning rate               {o.min_lr:g}  (whatever the batch; a cosine ends there after {t.epochs} epochs)"
+        f"  final learning rate               {o.final_lr(t.global_batch_size):g}  "
+        f"({'0.001 of the peak' if o.schedule == 'vicreg' else 'whatever the batch'}; a cosine ends there after {t.epochs} epochs)"
     )
+    derived += "".join(f"\n  {name:<34}{value}" for name, value in METHODS[cfg.method.name].derived(cfg, world).items())
     values.pop("preset")
+    for view in values["views"]:
+        if view["mask"] is None:  # no flag gives a view a mask
+            del view["mask"]
     return f"preset {cfg.preset} (method {method})\n" + "\n".join(lines(values, "")) + "\nderived\n" + derived

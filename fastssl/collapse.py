@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.losses.contrastive import unit_rows
+from fastssl.precision import unit_rows
 
 ROWS = 512
 """Embeddings that the effective rank is taken of, at most."""

@@ -41,15 +41,33 @@ class ModelConfig:
         "vit_small_patch8",
         "vit_base_patch16",
         "vit_base_patch8",
+        "vit_tiny_patch8_mocov3",
+        "vit_small_patch16_mocov3",
+        "vit_base_patch16_mocov3",
+        "vit_conv_small_mocov3",
+        "vit_conv_base_mocov3",
+        "swin_tiny_patch4_window7",
+        "swin_tiny_patch4_window14",
+        "swin_small_patch4_window7",
+        "swin_small_patch4_window14",
+        "swin_base_patch4_window7",
+        "swin_base_patch4_window14",
     ] = "resnet50"
-    """Backbone, by its torchvision name, or timm's without the image size."""
+    """Backbone, by its torchvision name, or timm's without the image size. *_mocov3: fixed positions, 12 heads, its initialisation."""
     image_size: int = 224
-    """ViTs: pixels a side of the images whose patches the position table counts; other sizes interpolate in it."""
+    """ViTs: pixels a side of the images whose patches the position table counts; other sizes interpolate in it. Swins: of those whose
+    last maps are one window."""
     drop_path: float = 0.0
-    """ViTs: probability that a sample skips a residual branch of the last block while training; rises linearly over the blocks from 0."""
-    norm: Literal["local", "sync", "eman"] = "local"
+    """Transformers: probability that a sample skips a residual branch of the last block while training; it rises linearly over the
+    blocks from 0."""
+    layer_scale: float = 0.0
+    """ViTs: what the learned factors of each channel of each residual branch start from (LayerScale). 0: no such factors."""
+    zero_init_residual: bool = False
+    """ResNets: every residual branch starts as zero (the weight of its last BatchNorm does)."""
+    norm: Literal["local", "sync", "eman", "shuffle"] = "local"
     """BatchNorm policy. local: statistics of each rank; sync: of the global batch; eman: local online, the target
-    normalises with an EMA of the online network's running statistics (rank 0's)."""
+    normalises with an EMA of the online network's running statistics (rank 0's); shuffle (mocov2, lewel_m): local, the
+    key network sees its images in a random order over all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +83,9 @@ class OptimConfig:
     weight_decay: float = 0.0
     weight_decay_end: float | None = None
     """Weight decay that a cosine over all steps ends at. None: constant."""
-    schedule: Literal["eman", "dino"] = "eman"
-    """Learning rate after the warm-up. eman: a cosine to 0 over epochs, constant within each; dino: a cosine to min_lr over steps."""
+    schedule: Literal["eman", "dino", "mocov3", "vicreg"] = "eman"
+    """Learning rate after the warm-up. eman: a cosine to 0 over epochs, constant within each; dino: a cosine to min_lr over steps;
+    mocov3: a cosine to 0 over steps, and a warm-up that starts from 0; vicreg: the same to 0.001 of the peak."""
     warmup_epochs: int = 10
     """Epochs of linear warm-up, per iteration."""
     clip_grad: float = 0.0
@@ -75,6 +94,10 @@ class OptimConfig:
     def peak_lr(self, global_batch_size: int) -> float:
         """Learning rate at the end of the warm-up."""
         return self.base_lr if self.base_batch_size is None else self.base_lr * global_batch_size / self.base_batch_size
+
+    def final_lr(self, global_batch_size: int) -> float:
+        """Learning rate that the cosine ends at."""
+        return 0.001 * self.peak_lr(global_batch_size) if self.schedule == "vicreg" else self.min_lr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +113,8 @@ class Lars(OptimConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BarlowLars(OptimConfig):
-    """LARS-SGD as in the Barlow Twins code and those that took it over (methods: dino, scfs). Biases and one-dimensional tensors: no
-    weight decay, no trust ratio."""
+    """LARS-SGD as in the Barlow Twins code and those that took it over (methods: dino, scfs, mocov3, w2ssl, sfrik,
+    simclr, auh, vicreg). Biases and one-dimensional tensors: no weight decay, no trust ratio."""
 
     sgd_momentum: float = 0.9
     eta: float = 0.001
@@ -167,6 +190,10 @@ class EfficiencyConfig:
     dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
     """Autocast type; auto: bf16 where the device has it, else fp16 (with a GradScaler) on a GPU and fp32 on a CPU. fp64: everything in
     double, for checks."""
+    gradient_dtype: Literal["auto", "bf16"] = "auto"
+    """Type in which ranks exchange gradients. auto: that of the weights; bf16: rounded to 8 significant bits before they are added, which
+    halves the traffic. SFRIK's ResNet-50 and projector have 376 M weights, 1.5 GB of gradients: in a ring of 8 ranks each sends 2.6 GB a
+    step, in bf16 1.3 GB."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the method's forward; auto: on with CUDA, off on a CPU (where it gains nothing)."""
     channels_last: bool = True

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.batch import ImageBatch, Views
@@ -102,6 +103,7 @@ def prepare(method: Method, cfg: RunConfig, dist: Dist, steps_per_epoch: int) ->
     if cfg.efficiency.channels_last:
         method.to(memory_format=torch.channels_last)
     method.train()
+    method.global_batch_size = cfg.train.global_batch_size
     optimizer = build_optimizer(method, cfg)
     if compiles(cfg, dist.device):
         # In place and before DDP: state-dict keys stay clean.  One graph per batch length: the full one and a kept last one.
@@ -115,6 +117,8 @@ def prepare(method: Method, cfg: RunConfig, dist: Dist, steps_per_epoch: int) ->
         # A static graph loses gradients of the micro-batches that are not exchanged (no_sync).
         static = cfg.train.accumulation_steps == 1
         model = DistributedDataParallel(method, gradient_as_bucket_view=True, static_graph=static, **no_buffers)
+        if cfg.efficiency.gradient_dtype == "bf16":
+            model.register_comm_hook(None, bf16_compress_hook)
     # One mechanism finds non-finite gradients for every dtype; only fp16 needs a scale other than 1.
     fp16 = dtype is torch.float16
     scaler = torch.amp.GradScaler(dist.device.type, init_scale=2.0**16 if fp16 else 1.0, growth_interval=2000 if fp16 else 2**31 - 1)
@@ -130,7 +134,7 @@ def train_step(state: State, micro_batches: Sequence[Views] | Iterator[Views]) -
     set_scalars(state.optimizer, sched)
     state.method.before_step(sched)
     update_targets(state.method, sched, "before_forward")
-    if state.dist.world > 1 and state.cfg.model.norm == "eman":
+    if state.dist.world > 1 and state.cfg.model.norm in ("eman", "shuffle"):
         broadcast_running_statistics(state.method)
     out = forward_backward(state, iter(micro_batches), sched)
     state.scaler.unscale_(state.optimizer)
@@ -143,6 +147,7 @@ def train_step(state: State, micro_batches: Sequence[Views] | Iterator[Views]) -
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     update_targets(state.method, sched, "after_step")
+    state.method.enqueue(out.keys)
     state.method.after_step(sched)
     state.step += 1
     return out
@@ -156,13 +161,14 @@ def forward_backward(state: State, micro_batches: Iterator[Views], sched: Sched)
         last = k == n - 1
         with contextlib.nullcontext() if last or state.dist.world == 1 else state.model.no_sync():
             with autocast(state):
-                out = state.model(next(micro_batches), sched)
+                out = state.model(state.method.arrange(next(micro_batches), sched), sched)
             state.scaler.scale(out.loss / n if n > 1 else out.loss).backward()
-        outputs.append(StepOutput(out.loss.detach(), out.logs))
+        outputs.append(StepOutput(out.loss.detach(), out.logs, out.keys))
     if n == 1:
         return outputs[0]
     mean = {k: torch.stack([o.logs[k] for o in outputs]).mean(0) for k in outputs[0].logs}
-    return StepOutput(torch.stack([o.loss for o in outputs]).mean(0), mean)
+    keys = {k: torch.cat([o.keys[k] for o in outputs]) for k in outputs[0].keys}
+    return StepOutput(torch.stack([o.loss for o in outputs]).mean(0), mean, keys)
 
 
 def autocast(state: State):

@@ -106,10 +106,13 @@ class EvalLoader:
     """This rank's part of one sequential pass: every sample on exactly one rank, the last batch may be smaller."""
 
     def __init__(self, decoder: Decoder, geometry: Geometry, *, dist: Dist, batch: int, prefetch: int, ids: np.ndarray | None) -> None:
-        self._decoder, self._geometry, self._dist, self._batch, self._prefetch = decoder, geometry, dist, batch, prefetch
+        self.decoder = decoder
+        self._geometry, self._dist, self._batch, self._prefetch = geometry, dist, batch, prefetch
         ids = np.arange(len(decoder), dtype=np.int64) if ids is None else ids
         mine = shard(len(ids), dist.rank, dist.world)
         self._mine = ids[mine.start : mine.stop]
+        self.ids = ids
+        """int64 [num_samples]: sample ids of all ranks in the order of the pass."""
         self.backend = decoder.name
         self.num_samples = len(ids)
         """Of all ranks."""
@@ -117,13 +120,17 @@ class EvalLoader:
         """int64 [num_samples] in the order of the pass, or None."""
         self.classes: Sequence[str] | None = decoder.classes
 
+    def part(self, rows: np.ndarray) -> EvalLoader:
+        """A pass over some samples of this one, by their places in it, shared by the ranks anew."""
+        return EvalLoader(self.decoder, self._geometry, dist=self._dist, batch=self._batch, prefetch=self._prefetch, ids=self.ids[rows])
+
     def __len__(self) -> int:
         """Batches of this rank."""
         return -(-len(self._mine) // self._batch)
 
     def __iter__(self) -> Iterator[ImageBatch]:
         """The pixels of a batch are valid until the next one is asked for."""
-        with closing(Ring(self._decoder, self._geometry, self._jobs(), self._dist.device, self._prefetch)) as ring:
+        with closing(Ring(self.decoder, self._geometry, self._jobs(), self._dist.device, self._prefetch)) as ring:
             while (batch := ring.get()) is not None:
                 yield batch
 

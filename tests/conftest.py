@@ -68,7 +68,11 @@ _SMALL = (
     *("--log.every-steps", "1", "--efficiency.dtype", "fp32", "--optim.warmup-epochs", "1"),
 )
 SMALL = (*_SMALL, "--method.dim", "16")
-"""For byol_mini and lewel_mini."""
+"""For byol_mini, lewel_mini and mocov3_mini."""
+SMALL_QUEUE = (*SMALL, "--method.queue-size", "24")
+"""For mocov2_mini."""
+SMALL_MONTAGES = (*SMALL, "--views.2.crop.size", "32", "--views.3.crop.size", "32")
+"""For w2ssl_mini."""
 SMALL_MULTI_CROP = (
     *(*_SMALL, "--method.out-dim", "24", "--method.bottleneck", "16"),
     *(flag for v in range(2, 6) for flag in (f"--views.{v}.crop.size", "16")),

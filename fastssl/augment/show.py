@@ -27,7 +27,8 @@ from fastssl.batch import ImageBatch
 from fastssl.cli import check_name
 from fastssl.config import ConfigError
 from fastssl.pictures import CAPTION, COLOURS, FRAME, GAP, MARGIN, denormalise, framed, picture, pixels_of_views, with_boxes, write
-from fastssl.views import RECIPES, PatchCrop, ViewSpec
+from fastssl.recipes import RECIPES
+from fastssl.views import PatchCrop, ViewSpec
 from loaders.errors import DataError
 from loaders.geometry import Geometry
 from loaders.images import open_image, to_rgb

@@ -32,7 +32,8 @@ from fastssl.bench.parity import Error, parity
 from fastssl.bench.report import write
 from fastssl.engine import resolve_dtype
 from fastssl.presets import PRESETS
-from fastssl.views import ViewSpec, center_crop
+from fastssl.recipes import center_crop
+from fastssl.views import ViewSpec
 from loaders.errors import DataError
 
 OUT = Path("data/bench")
@@ -224,7 +225,7 @@ def bench(
 
     Args:
         device: Where; auto: CUDA if there is one. A CPU is measured with one thread.
-        recipes: Names of fastssl.views.RECIPES.
+        recipes: Names of fastssl.recipes.RECIPES.
         out: Folder for augment_<device>.json and .png, or the .json file itself.
         seconds: Time of one measurement, in which at least one batch is augmented.
         rounds: Turns that everything takes; medians are reported.

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastssl.augment.draws import ColourDraws, ColourParams
 from fastssl.batch import ImageBatch
-from fastssl.views import BYOL_JITTER, RECIPES, Crop, PatchCrop, Photometric, View, ViewSpec
+from fastssl.recipes import BYOL_JITTER, RECIPES
+from fastssl.views import Crop, PatchCrop, Photometric, View, ViewSpec
 from loaders.errors import DataError
 from loaders.geometry import Geometry
 

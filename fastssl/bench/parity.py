@@ -24,7 +24,8 @@ from fastssl.augment.augmenter import GroupPlan
 from fastssl.augment.draws import ColourDraws, ColourParams
 from fastssl.augment.resample import rows_first
 from fastssl.batch import ImageBatch
-from fastssl.views import BYOL_JITTER, CenterCrop, Crop, Interpolation, Photometric, View, ViewSpec, byol_asymmetric, dino, groups
+from fastssl.recipes import BYOL_JITTER, byol_asymmetric, dino
+from fastssl.views import CenterCrop, Crop, Interpolation, Photometric, View, ViewSpec, groups
 from loaders.geometry import Geometry
 
 Render = Callable[[ImageBatch, GroupPlan, ColourParams], Tensor]

@@ -6,13 +6,7 @@ Chen et al., ICCV 2021, arXiv 2104.02057, algorithm 1; methods/mocov3.md section
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """[R, D] -> rows of length 1, fp32 or wider.  Norms are floored at 1e-12."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12)
 
 
 def in_batch_contrast(q: Tensor, k: Tensor, keys: Tensor, temperature: float) -> Tensor:

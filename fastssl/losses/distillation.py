@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastssl.precision import wide
+
 Temperature = float | Tensor
 
 
@@ -23,7 +25,7 @@ def teacher_temperature(epoch: int, *, warmup: float, final: float, warmup_epoch
 
 def scaled(logits: Tensor, temperature: Temperature) -> Tensor:
     """logits / temperature, fp32 or wider."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return wide(logits) / temperature
 
 
 def teacher_probabilities(logits: Tensor, temperature: Temperature, center: Tensor | float = 0.0) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastssl.losses.collectives import gathered, rank, total, world_size
+from fastssl.precision import wide
 
 Kernel = Callable[[Tensor], tuple[Tensor, Tensor]]
 """T -> k(T) and k'(T), element by element."""
@@ -28,11 +29,6 @@ _CHUNK = 1 << 21
 """Entries of T that are looked at together, 8 MiB in fp32: 512 rows of N = 4096."""
 _HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
 """Since torch 2.8, on CUDA."""
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in fp32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastssl.models.overlap import overlap_coordinates, sampling_matrix
+from fastssl.precision import wide
 
 Factors = Sequence[Tensor]
 """(a, b), or (a,) for b = a: features [..., R, K] and [..., S, K] of R rows and S columns."""
@@ -152,11 +153,6 @@ def pixel_loss(
             local_pairs = 2 * s.shape[1]
             loss, pairs = loss + local_pairs * relation_loss((s,), teacher_relation((t,), temperature)), pairs + local_pairs
         return loss / pairs
-
-
-def wide(x: Tensor) -> Tensor:
-    """fp32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def grid(tokens: Tensor) -> tuple[int, int]:

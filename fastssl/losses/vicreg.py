@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastssl.losses.collectives import global_sum, total, world_size
-from fastssl.losses.pairs import pair_sum, product, wide
+from fastssl.losses.pairs import pair_sum, product
+from fastssl.precision import wide
 
 
 def centered(x: Tensor) -> Tensor:

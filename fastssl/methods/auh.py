@@ -13,11 +13,11 @@ import torch.nn.functional as F
 
 from fastssl.batch import Views
 from fastssl.collapse import embedding_logs
-from fastssl.losses.contrastive import unit_rows
 from fastssl.losses.uniformity import uniformity
 from fastssl.method import StepOutput
 from fastssl.methods.joint_embedding import JointEmbedding, JointEmbeddingConfig
 from fastssl.optim.schedules import Sched
+from fastssl.precision import unit_rows
 
 
 class AUH(JointEmbedding):

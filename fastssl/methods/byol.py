@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.batch import Views
+from fastssl.collapse import embedding_logs
 from fastssl.config import ConfigError, MethodConfig
 from fastssl.ema import Ema, frozen_copy
 from fastssl.losses.cosine import cosine_loss
 from fastssl.method import Method, StepOutput
-from fastssl.models.heads import MLP, embed_std
+from fastssl.models.heads import MLP
 from fastssl.models.norm import apply_norm_policy
 from fastssl.optim.schedules import Sched
 from fastssl.views import ViewSpec, groups
@@ -69,7 +70,7 @@ class BYOL(Method):
         z1, z2 = self.online(x1), self.online(x2)
         t1, t2 = self.project_targets(views)
         loss = cosine_loss(self.predictor(z1), t2) + cosine_loss(self.predictor(z2), t1)  # in [0, 8]
-        return StepOutput(loss, {"embed_std": embed_std(z1)})
+        return StepOutput(loss, embedding_logs(z1))
 
 
 class Pooled(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.batch import Views
+from fastssl.collapse import target_entropy
 from fastssl.config import ConfigError, MethodConfig
 from fastssl.ema import Ema, frozen_copy, without_drop_path
 from fastssl.losses.distillation import dino_loss, entropy, teacher_probabilities, teacher_temperature
@@ -67,6 +68,7 @@ class SelfDistillation(Method):
         self.student = apply_norm_policy(student, norm)
         self.teacher = without_drop_path(frozen_copy(self.student))
         self.ema = (Ema(self.student, self.teacher),)
+        self.watches = (target_entropy("teacher_entropy", cfg.out_dim),)
         self.centers = Centers(centers, momentum=cfg.center_momentum)
         self.register_buffer("teacher_temp", torch.tensor(float(cfg.warmup_teacher_temp)), persistent=False)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fastssl.batch import Views
@@ -18,6 +17,7 @@ from fastssl.method import Method
 from fastssl.methods.byol import check_two_views
 from fastssl.models.heads import ExpanderMLP
 from fastssl.models.norm import apply_norm_policy
+from fastssl.precision import wide
 from fastssl.views import ViewSpec
 
 
@@ -67,4 +67,4 @@ class JointEmbedding(Method):
             projected = [self.encoder(x) for x in views.per_view()]
         else:
             projected = [z for group in views.groups for z in self.encoder(group.pixels).chunk(len(group.views))]
-        return tuple(z.to(torch.promote_types(z.dtype, torch.float32)) for z in projected)
+        return tuple(wide(z) for z in projected)

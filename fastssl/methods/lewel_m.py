@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.collapse import embedding_logs
-from fastssl.losses.contrastive import unit_rows
 from fastssl.losses.info_nce import info_nce, top
 from fastssl.method import StepOutput
 from fastssl.methods.lewel import AlignedConfig, AlignedNet
 from fastssl.methods.mocov2 import MomentumContrast
 from fastssl.models.heads import MLP, PlainMLP
+from fastssl.precision import unit_rows
 
 
 class LEWELM(MomentumContrast):

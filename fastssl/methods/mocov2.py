@@ -20,7 +20,6 @@ from fastssl.collapse import embedding_logs
 from fastssl.config import ConfigError, MethodConfig, RunConfig
 from fastssl.ema import Ema, average_buffers_, frozen_copy
 from fastssl.losses.collectives import world_size
-from fastssl.losses.contrastive import unit_rows
 from fastssl.losses.info_nce import info_nce, top
 from fastssl.method import Method, StepOutput
 from fastssl.methods.byol import Pooled, check_two_views
@@ -29,6 +28,7 @@ from fastssl.models.norm import apply_norm_policy
 from fastssl.models.queue import Queue
 from fastssl.models.shuffle import random_permutation, shuffled
 from fastssl.optim.schedules import Sched
+from fastssl.precision import unit_rows
 from fastssl.views import ViewSpec
 
 

@@ -18,11 +18,12 @@ from fastssl.collapse import embedding_logs
 from fastssl.config import ConfigError, MethodConfig
 from fastssl.ema import Ema, frozen_copy
 from fastssl.losses.collectives import gathered
-from fastssl.losses.contrastive import in_batch_contrast, unit_rows
+from fastssl.losses.contrastive import in_batch_contrast
 from fastssl.method import Method, StepOutput
 from fastssl.methods.byol import check_two_views
 from fastssl.models.norm import apply_norm_policy
 from fastssl.optim.schedules import Sched
+from fastssl.precision import unit_rows
 from fastssl.views import ViewSpec
 
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from fastssl.batch import Views
 from fastssl.collapse import embedding_logs
 from fastssl.config import ConfigError, RunConfig
-from fastssl.losses.contrastive import unit_rows
 from fastssl.losses.mmd import mmd_uniform
 from fastssl.method import StepOutput
 from fastssl.methods.joint_embedding import JointEmbedding, JointEmbeddingConfig
 from fastssl.optim.schedules import Sched
+from fastssl.precision import unit_rows
 from fastssl.views import PatchCrop, ViewSpec
 
 

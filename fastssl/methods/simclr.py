@@ -11,11 +11,11 @@ from typing import ClassVar
 
 from fastssl.batch import Views
 from fastssl.collapse import embedding_logs
-from fastssl.losses.contrastive import unit_rows
 from fastssl.losses.nt_xent import nt_xent
 from fastssl.method import StepOutput
 from fastssl.methods.joint_embedding import JointEmbedding, JointEmbeddingConfig
 from fastssl.optim.schedules import Sched
+from fastssl.precision import unit_rows
 
 
 class SimCLR(JointEmbedding):

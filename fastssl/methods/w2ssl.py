@@ -24,13 +24,13 @@ from fastssl.collapse import embedding_logs
 from fastssl.config import ConfigError, MethodConfig, RunConfig
 from fastssl.ema import Ema, frozen_copy
 from fastssl.losses.collectives import rank, world_size
-from fastssl.losses.contrastive import unit_rows
 from fastssl.losses.supervised_contrastive import supervised_contrastive
 from fastssl.method import Method, StepOutput
 from fastssl.methods.mocov3 import Head
 from fastssl.models.montage import Routes, decouple, drawn_rows, tile, to_device
 from fastssl.models.norm import apply_norm_policy
 from fastssl.optim.schedules import Sched
+from fastssl.precision import unit_rows, wide
 from fastssl.views import PatchCrop, ViewSpec, groups
 
 
@@ -161,7 +161,7 @@ class W2SSL(Method):
         """w_loc L_loc + w_crop L_crop.  rows: [R / W, C] of the backbone, k: [R / W, K] target projections, not normalised."""
         cfg = self.cfg
         logits = self.online.locator(rows1)
-        loss_loc = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), montages.location)
+        loss_loc = F.cross_entropy(wide(logits), montages.location)
         z1, z2 = self.online.projector(rows1), self.online.projector(rows2)
         loss_crop = sum(
             supervised_contrastive(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.config import ConfigError
+from fastssl.precision import unit_rows
 
 
 class MLP(nn.Module):
@@ -86,17 +87,12 @@ class Prototypes(nn.Module):
         nn.init.uniform_(self.v, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(unit(x))
+        return self.product(unit_rows(x))
 
     def product(self, x: Tensor) -> Tensor:
         """<x, W_o> of rows x that are as long as they should be."""
         # The weight has fewer elements than the logits of a multi-crop batch: it is the one that is scaled.
         return F.linear(x, self.v * (self.g / torch.linalg.vector_norm(self.v, dim=1, keepdim=True)))
-
-
-def unit(x: Tensor) -> Tensor:
-    """Rows of length 1, in fp32 or wider."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12)
 
 
 class DINOHead(nn.Sequential):
@@ -164,7 +160,7 @@ class IBOTHead(nn.Module):
 
     def bottleneck(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., bottleneck], rows of length 1."""
-        return unit(self.mlp(x))
+        return unit_rows(self.mlp(x))
 
     def logits(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Unit rows [R, bottleneck] and [P, bottleneck] -> logits [R, O], [P, O']."""

@@ -1,4 +1,4 @@
-"""BatchNorm policies: `local`, `sync` and `eman` (config.ModelConfig.norm).
+"""BatchNorm policies: `local`, `sync` and `eman` (config.ModelConfig.norm); `shuffle` is local here, see shuffle.py.
 
 SyncBatchNorm is ours because torch.nn.SyncBatchNorm refuses CPU tensors and breaks compiled graphs.  One collective in the
 forward pass (every rank's mean, sum of squared deviations and count), one in the backward pass (two sums), both functional,
@@ -68,7 +68,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
         self._check_input_dim(x)
-        y, mean, var, _, count = _SyncNorm.apply(x, self.weight, self.bias, self.eps, dist.group.WORLD)
+        weight, bias = (self.weight, self.bias) if self.affine else (torch.ones_like(self.running_var), torch.zeros_like(self.running_mean))
+        y, mean, var, _, count = _SyncNorm.apply(x, weight, bias, self.eps, dist.group.WORLD)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
@@ -82,7 +83,7 @@ def apply_norm_policy(module: nn.Module, norm: str) -> nn.Module:
         return module
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            sync = SyncBatchNorm(child.num_features, child.eps, child.momentum)
+            sync = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
             sync.weight, sync.bias = child.weight, child.bias
             sync.running_mean, sync.running_var = child.running_mean, child.running_var
             sync.num_batches_tracked = child.num_batches_tracked
@@ -96,7 +97,8 @@ def apply_norm_policy(module: nn.Module, norm: str) -> nn.Module:
 def broadcast_running_statistics(module: nn.Module) -> None:
     """Rank 0's BatchNorm running statistics on every rank, in one flat broadcast.
 
-    EMAN with local BatchNorm needs it: in the published runs DDP's buffer broadcast did it before every forward pass.
+    EMAN with local BatchNorm needs it, and MoCo's shuffle-BN has it: in the published runs DDP's buffer broadcast did it before every
+    forward pass.
     """
     stats = [b for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
     flat = torch.cat([b.reshape(-1) for b in stats])

@@ -7,8 +7,9 @@ a head projects A M.  Shapes: B images, K local crops, C channels; rows are crop
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastssl.precision import unit_rows
 
 
 def feature_search(queries: Tensor, maps: Tensor) -> Tensor:
@@ -16,11 +17,10 @@ def feature_search(queries: Tensor, maps: Tensor) -> Tensor:
 
     No softmax and no temperature.  Both norms are floored at 1e-12: an empty pixel or query has attention 0.
     """
-    wide = torch.promote_types(maps.dtype, torch.float32)
-    unit = F.normalize(queries.to(wide), dim=-1, eps=1e-12).unflatten(0, (-1, maps.shape[0]))
+    unit = unit_rows(queries).unflatten(0, (-1, maps.shape[0]))
     # One product per image on the map as it lies in memory; dividing afterwards spares a normalised copy of it.
     products = unit.transpose(0, 1).to(maps.dtype) @ maps.flatten(2)
-    norms = torch.linalg.vector_norm(maps, dim=1, dtype=wide).clamp_min(1e-12)
+    norms = torch.linalg.vector_norm(maps, dim=1, dtype=unit.dtype).clamp_min(1e-12)
     # Crops outermost in memory too: what it multiplies would otherwise come out image-major and be copied once more.
     return products.transpose(0, 1).contiguous().unflatten(-1, maps.shape[2:]) / norms
 
@@ -67,4 +67,4 @@ class StageHead(nn.Module):
     def embed(self, y: Tensor) -> Tensor:
         """[n, C, H, W] before the last ReLU -> unit rows [n, dim]."""
         z = self.bn5(self.fc2(torch.relu(self.bn4(self.fc1(torch.relu(y).mean((2, 3)))))))
-        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1, eps=1e-12)
+        return unit_rows(z)

@@ -8,7 +8,7 @@ from torch import nn
 from fastssl.config import AdamW, BarlowLars, ConfigError, Lars, RunConfig, Sgd
 from fastssl.optim.lars import LARS, BarlowLARS
 from fastssl.optim.param_groups import split_by_name, split_by_shape
-from fastssl.optim.schedules import Sched, Schedules, cosine_momentum, warmup_cosine, warmup_epoch_cosine
+from fastssl.optim.schedules import Sched, Schedules, cosine_momentum, warmup_cosine, warmup_epoch_cosine, warmup_from_zero_cosine
 
 
 def build_schedules(cfg: RunConfig, steps_per_epoch: int) -> Schedules:
@@ -16,11 +16,13 @@ def build_schedules(cfg: RunConfig, steps_per_epoch: int) -> Schedules:
     o, t = cfg.optim, cfg.train
     if o.warmup_epochs >= t.epochs:
         raise ConfigError(f"--optim.warmup-epochs {o.warmup_epochs} must be smaller than --train.epochs {t.epochs}.")
-    peak, total = o.peak_lr(t.global_batch_size), t.epochs * steps_per_epoch
+    peak, total, warmup = o.peak_lr(t.global_batch_size), t.epochs * steps_per_epoch, o.warmup_epochs * steps_per_epoch
 
     def lr(s: int) -> float:
         if o.schedule == "dino":
-            return warmup_cosine(s, base=peak, final=o.min_lr, total_steps=total, warmup_steps=o.warmup_epochs * steps_per_epoch)
+            return warmup_cosine(s, base=peak, final=o.min_lr, total_steps=total, warmup_steps=warmup)
+        if o.schedule in ("mocov3", "vicreg"):
+            return warmup_from_zero_cosine(s, base=peak, final=o.final_lr(t.global_batch_size), total_steps=total, warmup_steps=warmup)
         return warmup_epoch_cosine(s, base_lr=peak, warmup_epochs=o.warmup_epochs, epochs=t.epochs, steps_per_epoch=steps_per_epoch)
 
     wd_end = o.weight_decay if o.weight_decay_end is None else o.weight_decay_end
@@ -31,6 +33,7 @@ def build_schedules(cfg: RunConfig, steps_per_epoch: int) -> Schedules:
         ema_momentum=lambda s: (
             t.ema_momentum if t.ema_schedule == "constant" else cosine_momentum(s, base=t.ema_momentum, total_steps=total)
         ),
+        seed=t.seed,
     )
 
 

@@ -15,6 +15,10 @@ class Sched:
     lr: float
     weight_decay: float
     ema_momentum: float
+    step: int = 0
+    """Optimizer steps before this one."""
+    seed: int = 0
+    """Of the run: (seed, step) keys what a method draws on all ranks alike."""
 
 
 def warmup_epoch_cosine(t: int, *, base_lr: float, warmup_epochs: int, epochs: int, steps_per_epoch: int) -> float:
@@ -41,9 +45,31 @@ def warmup_cosine(t: int, *, base: float, final: float, total_steps: int, warmup
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * (t - n) / (total_steps - n)))
 
 
+def warmup_from_zero_cosine(t: float, *, base: float, total_steps: float, warmup_steps: float, final: float = 0.0) -> float:
+    """MoCo v3 (and W2SSL, VICReg; MAE's fine-tuning): linear from 0 in the first step, then a half cosine (methods/mocov3.md section 6).
+
+    base t / n for t < n;  final + (base - final) (1 + cos(pi (t - n) / (T - n))) / 2 after.  `base` is reached at t = n.
+    """
+    n = warmup_steps
+    if t < n:
+        return base * t / n
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * (t - n) / (total_steps - n)))
+
+
 def epoch_cosine(epoch: int, *, base_lr: float, epochs: int) -> float:
     """base_lr (1 + cos(pi e / E)) / 2."""
     return base_lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def timm_cosine(epoch: int, *, base: float, epochs: int, warmup_epochs: float, final: float, start: float) -> float:
+    """timm's CosineLRScheduler by epoch, as DeiT uses it (methods/ibot.md 10).
+
+    start + (base - start) e / W for e < W;  final + (base - final) (1 + cos(pi e / E)) / 2 after: the cosine is not shifted by the
+    warm-up.
+    """
+    if epoch < warmup_epochs:
+        return start + (base - start) * epoch / warmup_epochs
+    return final + epoch_cosine(epoch, base_lr=base - final, epochs=epochs)
 
 
 def step_decay(epoch: int, *, base_lr: float, milestones: Sequence[int], gamma: float = 0.1) -> float:
@@ -64,6 +90,7 @@ class Schedules:
     lr: Callable[[int], float]
     weight_decay: Callable[[int], float]
     ema_momentum: Callable[[int], float]
+    seed: int = 0
 
     def at(self, t: int) -> Sched:
-        return Sched(self.epoch(t), self.lr(t), self.weight_decay(t), self.ema_momentum(t))
+        return Sched(self.epoch(t), self.lr(t), self.weight_decay(t), self.ema_momentum(t), step=t, seed=self.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastssl.config import RunConfig
 from fastssl.methods.auh import AUH
 from fastssl.presets.sfrik import IN20, mini, published
-from fastssl.views import vicreg
+from fastssl.recipes import vicreg
 
 
 def auh_r18_100ep_in20() -> RunConfig:

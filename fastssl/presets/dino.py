@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fastssl.config import AdamW, BarlowLars, EvalConfig, LogConfig, ModelConfig, OptimConfig, RunConfig, Sgd, TrainConfig
 from fastssl.methods.dino import DINO
-from fastssl.views import dino
+from fastssl.recipes import dino
 
 KNN = EvalConfig(knn_every_epochs=10)
 VIT_SMALL = ModelConfig(arch="vit_small_patch16", drop_path=0.1)
@@ -114,7 +114,7 @@ def dino_r50_200ep_bs256() -> RunConfig:
     )
 
 
-def _mini(name: str, model: ModelConfig, optim: OptimConfig, momentum: float) -> RunConfig:
+def _mini(name: str, model: ModelConfig, optim: OptimConfig, momentum: float, epochs: int = 8) -> RunConfig:
     """Two 64 px and four 32 px crops: minutes on two CPU cores."""
     return RunConfig(
         preset=name,
@@ -122,7 +122,7 @@ def _mini(name: str, model: ModelConfig, optim: OptimConfig, momentum: float) ->
         model=model,
         views=dino(size=64, global_scale=(0.25, 1.0), local_crops=4, local_size=32, local_scale=(0.05, 0.25)),
         optim=optim,
-        train=TrainConfig(epochs=8, global_batch_size=64, ema_momentum=momentum),
+        train=TrainConfig(epochs=epochs, global_batch_size=64, ema_momentum=momentum),
         log=LogConfig(every_steps=5),
         eval=EvalConfig(knn_every_epochs=1, resize=64, crop=64),
     )
@@ -137,4 +137,4 @@ def dino_mini() -> RunConfig:
 def dino_vit_mini() -> RunConfig:
     """DINO, ViT-tiny with patches of 8 pixels, 64 px: for tests on CPUs; too short to learn much.  All values ours."""
     optim = AdamW(base_lr=5e-4, weight_decay=0.04, min_lr=1e-5, schedule="dino", warmup_epochs=1, clip_grad=3.0)
-    return _mini("dino_vit_mini", ModelConfig(arch="vit_tiny_patch8", image_size=64, drop_path=0.1), optim, momentum=0.98)
+    return _mini("dino_vit_mini", ModelConfig(arch="vit_tiny_patch8", image_size=64, drop_path=0.1), optim, momentum=0.98, epochs=6)

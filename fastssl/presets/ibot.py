@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from fastssl.config import AdamW, EvalConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
 from fastssl.methods.ibot import IBOT
-from fastssl.views import Mask, ibot
+from fastssl.recipes import ibot
+from fastssl.views import Mask
 
 KNN = EvalConfig(knn_every_epochs=10)
 VIT_SMALL = ModelConfig(arch="vit_small_patch16", drop_path=0.1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fastssl.config import EvalConfig, Lars, LogConfig, ModelConfig, RunConfig, TrainConfig
 from fastssl.methods.lewel import LEWEL
-from fastssl.views import byol_asymmetric
+from fastssl.recipes import byol_asymmetric
 
 EXCLUDE = ("bn", "downsample.1", "bias")
 # The released code also excludes the first BatchNorm of each head for its EMAN architecture.

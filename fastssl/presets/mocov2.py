@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fastssl.config import EvalConfig, LogConfig, ModelConfig, RunConfig, Sgd, TrainConfig
 from fastssl.methods.mocov2 import MoCoV2
-from fastssl.views import mocov2
+from fastssl.recipes import mocov2
 
 
 def sgd(*, warmup_epochs: int = 0) -> Sgd:

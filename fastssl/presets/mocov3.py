@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from fastssl.config import AdamW, BarlowLars, EvalConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
 from fastssl.methods.mocov3 import MoCoV3
-from fastssl.views import byol_asymmetric
+from fastssl.recipes import byol_asymmetric
 
 
 def _resnet50(name: str, *, epochs: int, lr: float, weight_decay: float = 1e-6, momentum: float = 0.99) -> RunConfig:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from fastssl.config import LogConfig, ModelConfig, RunConfig, Sgd, TrainConfig
 from fastssl.methods.scfs import SCFS
 from fastssl.presets.dino import KNN, dino_mini
-from fastssl.views import dino
+from fastssl.recipes import dino
 
 
 def _r50(name: str, *, epochs: int, batch: int) -> RunConfig:

@@ -13,7 +13,8 @@ from dataclasses import replace
 from fastssl.config import AdamW, LogConfig, ModelConfig, RunConfig, TrainConfig
 from fastssl.methods.sere import SERE
 from fastssl.presets.ibot import KNN, ibot_mini
-from fastssl.views import ViewSpec, ibot
+from fastssl.recipes import ibot
+from fastssl.views import ViewSpec
 
 
 def _vit(name: str, arch: str, method: SERE.Config, views: ViewSpec, *, base_lr: float, min_lr: float) -> RunConfig:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from fastssl.config import BarlowLars, DataConfig, EvalConfig, LogConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
 from fastssl.methods.sfrik import SFRIK
-from fastssl.views import ViewSpec, auh, obow, swav, vicreg
+from fastssl.recipes import auh, obow, swav, vicreg
+from fastssl.views import ViewSpec
 
 IN20 = DataConfig(subset="first:260", last_batch="keep")
 R18_MLP = "8192-8192-8192"

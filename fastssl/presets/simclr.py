@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastssl.config import RunConfig
 from fastssl.methods.simclr import SimCLR
 from fastssl.presets.sfrik import IN20, mini, published
-from fastssl.views import vicreg
+from fastssl.recipes import vicreg
 
 
 def simclr_r18_100ep_in20() -> RunConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastssl.config import DataConfig, RunConfig
 from fastssl.methods.vicreg import VICReg
 from fastssl.presets.sfrik import IN20, mini, published
-from fastssl.views import vicreg
+from fastssl.recipes import vicreg
 
 
 def vicreg_r18_100ep_in20() -> RunConfig:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from fastssl.config import BarlowLars, EvalConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
 from fastssl.methods.w2ssl import W2SSL
-from fastssl.views import ViewSpec, w2ssl, w2ssl_quad, w2ssl_windows
+from fastssl.recipes import w2ssl, w2ssl_quad, w2ssl_windows
+from fastssl.views import ViewSpec
 
 
 def _r50(name: str, *, batch: int, views: ViewSpec, method: W2SSL.Config, warmup_epochs: int = 10) -> RunConfig:

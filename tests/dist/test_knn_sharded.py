@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from eval.features import Bank
-from eval.knn import knn, lewel_monitor
 from eval.neighbours import search
 from eval.protocols import LewelMonitor
+from eval.votes import knn, lewel_monitor
 from fastssl.distributed import Dist
 
 CLASSES, KS, T = 7, (1, 5, 30), 0.07

@@ -19,8 +19,8 @@ def images() -> torch.Tensor:
 
 def network() -> nn.Sequential:
     torch.manual_seed(1)
-    net = nn.Sequential(nn.Conv2d(4, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Linear(7 * 12, 6), nn.BatchNorm1d(6)).double()
-    return net
+    head = (nn.Linear(7 * 12, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6, affine=False))
+    return nn.Sequential(nn.Conv2d(4, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), *head).double()
 
 
 def outputs(net: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -32,7 +32,7 @@ def outputs(net: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> dict[str,
 
 def on_rank(rank: int, world: int, compiled: bool) -> dict[str, torch.Tensor]:
     net = apply_norm_policy(network(), "sync")
-    assert sum(isinstance(m, SyncBatchNorm) for m in net.modules()) == 2
+    assert sum(isinstance(m, SyncBatchNorm) for m in net.modules()) == 3
     if compiled:
         net.compile(fullgraph=True, dynamic=False)
     w = torch.randn(sum(SHARES), 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

@@ -3,21 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from torch import nn
 
+from fastssl.batch import Views, masked_patches
 from fastssl.config import EfficiencyConfig
 from fastssl.distributed import Dist
 from fastssl.engine import prepare, train_step
 from fastssl.methods import METHODS
+from fastssl.models.vit import ViT
+from fastssl.models.vit_mocov3 import MoCoV3ViT
 from fastssl.presets import PRESETS
 from tests.golden.dino_family import TinyConv, grouped
 from tests.ranks import run_ranks
 
 BATCH, STEPS = 8, 3
-SIZES = {"dino_mini": (16, 16, 8, 8, 8), "scfs_mini": (32, 32, 16, 16, 16)}
+SIZES = {"dino_mini": (16, 16, 8, 8, 8), **dict.fromkeys(("scfs_mini", "ibot_mini", "sere_mini"), (32, 32, 16, 16, 16))}
 """Of the views, pixels; two of 16 for the other presets."""
+
+
+def convolutional() -> nn.Module:
+    return TinyConv((6, 8, 8, 16))
+
+
+BACKBONES = {
+    "mocov3_vit_mini": lambda: MoCoV3ViT(16, 1, 4, 8, image_size=16),
+    **dict.fromkeys(("ibot_mini", "sere_mini"), lambda: ViT(16, 2, 2, 8, image_size=32)),
+}
+"""Toy backbones of the presets that `convolutional` is none for."""
+
+
+def batch(generator: torch.Generator, sizes: Sequence[int], *, masked: bool) -> Callable[[slice], Views]:
+    """Random crops of BATCH images, with masks on the first two also boxes and flips -> the views of some of the images."""
+    crops = [torch.randn(BATCH, 3, s, s, generator=generator, dtype=torch.float64).numpy() for s in sizes]
+    if not masked:
+        return lambda images: grouped([x[images] for x in crops])
+    tokens = sizes[0] // 8
+    masks = torch.rand(BATCH, 2, tokens, tokens, generator=generator) < 0.3
+    boxes = torch.rand(BATCH, len(sizes), 4, generator=generator) * 32 + torch.tensor([0.0, 0.0, 16.0, 16.0])
+    flips = torch.rand(BATCH, len(sizes), generator=generator) < 0.5
+
+    def views(images: slice) -> Views:
+        masked = torch.from_numpy(masked_patches(masks[images].numpy()))
+        of_images = {"masks": masks[images], "masked": masked, "boxes": boxes[images], "flips": flips[images]}
+        return dataclasses.replace(grouped([x[images] for x in crops]), **of_images)
+
+    return views
 
 
 def train(rank: int, world: int, preset: str, accumulation: int = 1) -> dict[str, torch.Tensor]:
@@ -29,20 +63,34 @@ def train(rank: int, world: int, preset: str, accumulation: int = 1) -> dict[str
         efficiency=EfficiencyConfig(dtype="fp64", compile="off"),
     )
     torch.manual_seed(0)
-    method = METHODS[cfg.method.name](cfg.method, lambda: TinyConv((6, 8, 8, 16)), cfg.model.norm)
+    method = METHODS[cfg.method.name](cfg.method, BACKBONES.get(preset, convolutional), cfg.model.norm)
     state = prepare(method, cfg, Dist(rank, world, rank, world, torch.device("cpu")), steps_per_epoch=4)
     generator = torch.Generator().manual_seed(1)
     losses = []
     for _ in range(STEPS):
-        crops = [torch.randn(BATCH, 3, s, s, generator=generator, dtype=torch.float64).numpy() for s in SIZES.get(preset, (16, 16))]
+        views = batch(generator, SIZES.get(preset, (16, 16)), masked=any(view.mask for view in cfg.views))
         share = BATCH // (world * accumulation)
         starts = [(rank * accumulation + k) * share for k in range(accumulation)]
-        out = train_step(state, [grouped([x[a : a + share] for x in crops]) for a in starts])
+        out = train_step(state, [views(slice(a, a + share)) for a in starts])
         losses.append(out.loss)
     return {"losses": torch.stack(losses), **method.state_dict()}
 
 
-@pytest.mark.parametrize("preset", ["byol_mini", "lewel_mini", "dino_mini", "scfs_mini"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "byol_mini",
+        "lewel_mini",
+        "dino_mini",
+        "scfs_mini",
+        "lewel_m_mini",
+        pytest.param("mocov2_mini", marks=pytest.mark.slow),
+        "mocov3_mini",
+        pytest.param("mocov3_vit_mini", marks=pytest.mark.slow),
+        pytest.param("ibot_mini", marks=pytest.mark.slow),
+        "sere_mini",
+    ],
+)
 def test_two_ranks_are_one(preset: str):
     one = train(0, 1, preset)
     two = run_ranks(2, train, preset)

@@ -18,7 +18,7 @@ from fastssl.optim.build import build_optimizer, build_schedules
 from fastssl.optim.lars import LARS
 from fastssl.optim.schedules import cosine_momentum, epoch_cosine, step_decay
 from fastssl.presets import PRESETS, byol, lewel
-from fastssl.views import byol_asymmetric
+from fastssl.recipes import byol_asymmetric
 from tests.golden.kind import Arrays, Kind
 from tests.golden.toy import ToyBackbone, dump_grads, dump_state, load_state, ours, two_views
 from tests.ranks import run_ranks

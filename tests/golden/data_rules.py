@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastssl.views import W2SSL_HALVES, W2SSL_QUADRANTS, Crop
+from fastssl.recipes import W2SSL_HALVES, W2SSL_QUADRANTS
+from fastssl.views import Crop
 from loaders.class_folders import listing
 from loaders.geometry import FIRST_TRY, FLIP, LEFT, SLOTS, TOP, random_box, region_box
 from loaders.subsets import imagenet_list, select

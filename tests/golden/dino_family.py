@@ -19,7 +19,8 @@ from fastssl.models.features import Features
 from fastssl.models.stage_heads import feature_search
 from fastssl.models.vit import ViT
 from fastssl.optim.schedules import Sched
-from fastssl.views import Crop, View, dino, groups
+from fastssl.recipes import dino
+from fastssl.views import Crop, View, groups
 from tests.golden.kind import Arrays, Kind
 from tests.golden.vit_family import vit_name
 

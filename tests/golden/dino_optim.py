@@ -15,7 +15,7 @@ from fastssl.methods.byol import BYOL
 from fastssl.optim.build import build_optimizer, build_schedules, set_scalars
 from fastssl.optim.clip import clip_each_
 from fastssl.optim.schedules import Sched, warmup_cosine
-from fastssl.views import byol_asymmetric
+from fastssl.recipes import byol_asymmetric
 from tests.golden.kind import Arrays, Kind
 
 OPTIMIZERS = {"lars": BarlowLars, "sgd": Sgd, "adamw": AdamW}

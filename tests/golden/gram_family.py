@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.batch import Group, Views
-from fastssl.losses.contrastive import unit_rows
 from fastssl.losses.mmd import kernel_coefficients, polynomial
 from fastssl.losses.nt_xent import similarities
 from fastssl.losses.uniformity import uniformity
@@ -16,6 +15,7 @@ from fastssl.method import Method, StepOutput
 from fastssl.methods.auh import AUH
 from fastssl.methods.simclr import SimCLR
 from fastssl.methods.vicreg import VICReg
+from fastssl.precision import unit_rows
 from tests.golden.kind import Arrays, Kind
 
 

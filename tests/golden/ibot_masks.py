@@ -7,7 +7,8 @@ import re
 import numpy as np
 
 from fastssl.methods.ibot import IBOT
-from fastssl.views import Mask, ibot
+from fastssl.recipes import ibot
+from fastssl.views import Mask
 from loaders.masks import Masks, draw_ratio, fill_blocks
 from tests.golden.ibot_family import Unused, at_epoch
 from tests.golden.kind import Arrays, Checked, Kind, compare

@@ -15,7 +15,7 @@ from fastssl.methods.ibot import IBOT
 from fastssl.models.vit import ViT
 from fastssl.optim.build import build_schedules
 from fastssl.optim.schedules import Sched, Schedules
-from fastssl.views import ibot
+from fastssl.recipes import ibot
 from tests.golden.dino_family import ALONE, grouped
 from tests.golden.ibot_family import Unused, head_options, masked_views, ours, temperatures, tensor, transformed
 from tests.golden.kind import Arrays, Kind

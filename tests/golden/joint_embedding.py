@@ -12,7 +12,6 @@ from fastssl.batch import Group, Views
 from fastssl.config import BarlowLars, EfficiencyConfig, ModelConfig, RunConfig, TrainConfig
 from fastssl.distributed import Dist
 from fastssl.engine import forward_backward, prepare, train_step
-from fastssl.losses.contrastive import unit_rows
 from fastssl.losses.mmd import kernel_coefficients, mmd_uniform, polynomial
 from fastssl.methods.auh import AUH
 from fastssl.methods.joint_embedding import JointEmbedding
@@ -21,7 +20,8 @@ from fastssl.methods.simclr import SimCLR
 from fastssl.methods.vicreg import VICReg
 from fastssl.models.backbones import build_backbone
 from fastssl.models.features import Features
-from fastssl.views import vicreg
+from fastssl.precision import unit_rows
+from fastssl.recipes import vicreg
 from tests.golden.kind import Arrays, Kind
 from tests.ranks import run_ranks
 

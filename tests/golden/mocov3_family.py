@@ -19,7 +19,7 @@ from fastssl.models.backbones import MOCOV3_VITS, build_backbone
 from fastssl.models.vit_mocov3 import MoCoV3ViT, sincos_positions, xavier_
 from fastssl.optim.build import build_schedules
 from fastssl.optim.schedules import Schedules, epoch_cosine
-from fastssl.views import byol_asymmetric
+from fastssl.recipes import byol_asymmetric
 from tests.golden.kind import Arrays, Checked, Kind, compare
 from tests.golden.mocov3_loss import mocov3_loss, prefixes
 from tests.golden.toy import ToyBackbone, two_views

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from fastssl.losses.collectives import gathered
-from fastssl.losses.contrastive import in_batch_contrast, unit_rows
+from fastssl.losses.contrastive import in_batch_contrast
 from fastssl.methods.mocov3 import MoCoV3
+from fastssl.precision import unit_rows
 from tests.golden.kind import Arrays
 from tests.golden.toy import ToyBackbone
 from tests.ranks import run_ranks

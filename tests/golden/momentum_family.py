@@ -11,14 +11,14 @@ from torch import Tensor
 from fastssl.config import EfficiencyConfig, ModelConfig, RunConfig, Sgd, TrainConfig
 from fastssl.distributed import Dist
 from fastssl.engine import prepare, train_step
-from fastssl.losses.contrastive import unit_rows
 from fastssl.method import StepOutput
 from fastssl.methods.lewel_m import LEWELM
 from fastssl.methods.mocov2 import MoCoV2, MomentumContrast
 from fastssl.optim.build import build_schedules
 from fastssl.optim.schedules import step_decay
+from fastssl.precision import unit_rows
 from fastssl.presets import PRESETS
-from fastssl.views import mocov2
+from fastssl.recipes import mocov2
 from tests.golden.kind import Arrays, Kind
 from tests.golden.toy import ToyBackbone, two_views
 from tests.ranks import run_ranks

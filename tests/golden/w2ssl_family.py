@@ -12,7 +12,6 @@ from fastssl.batch import Group, Views
 from fastssl.config import BarlowLars, EfficiencyConfig, ModelConfig, RunConfig, TrainConfig
 from fastssl.distributed import Dist
 from fastssl.engine import prepare, train_step
-from fastssl.losses.contrastive import unit_rows
 from fastssl.losses.supervised_contrastive import supervised_contrastive
 from fastssl.methods.w2ssl import W2SSL
 from fastssl.models.backbones import build_backbone
@@ -20,8 +19,9 @@ from fastssl.models.features import Features
 from fastssl.models.montage import decouple, rank_rows
 from fastssl.optim.build import build_optimizer, build_schedules
 from fastssl.optim.schedules import Sched, Schedules, epoch_cosine
+from fastssl.precision import unit_rows
 from fastssl.presets import PRESETS
-from fastssl.views import w2ssl
+from fastssl.recipes import w2ssl
 from tests.golden.kind import Arrays, Checked, Kind
 from tests.golden.toy import ToyBackbone
 from tests.ranks import run_ranks

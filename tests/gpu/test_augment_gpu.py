@@ -11,7 +11,8 @@ from fastssl.augment import Augmenter, augmenter
 from fastssl.augment.draws import ColourDraws
 from fastssl.batch import ImageBatch
 from fastssl.bench.parity import parity
-from fastssl.views import RECIPES, CenterCrop, Crop, Photometric, View, ViewSpec, byol_asymmetric
+from fastssl.recipes import RECIPES, byol_asymmetric
+from fastssl.views import CenterCrop, Crop, Photometric, View, ViewSpec
 from tests.images import WILD_COLOURS, batch_of, images, small
 from tests.unit.test_parity import too_large
 

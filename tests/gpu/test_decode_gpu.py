@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.views import center_crop
+from fastssl.recipes import center_crop
 from loaders import dali
 from loaders.beton import RAW, Beton
 from loaders.build import build_eval_loader

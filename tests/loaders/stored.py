@@ -14,7 +14,7 @@ from PIL import Image
 
 from convert.webdataset import ShardWriter
 from fastssl.batch import ImageBatch
-from fastssl.views import byol_asymmetric
+from fastssl.recipes import byol_asymmetric
 from loaders.beton import JPEG, RAW, BetonWriter
 from loaders.build import TrainLoader, build_loader
 from loaders.decoder import Decoder

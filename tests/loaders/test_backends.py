@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from fastssl.views import center_crop
+from fastssl.recipes import center_crop
 from loaders import build, dali, ffcv, torchvision_cuda
 from loaders import open as opening
 from loaders.beton import JPEG, Beton
@@ -353,7 +353,7 @@ def test_no_thread_outlives_its_consumer(data, leave):
 def test_the_interpreter_ends_with_loaders_running(data):
     script = (
         "import sys; sys.path.insert(0, sys.argv[2]); import torch\n"
-        "from types import SimpleNamespace\nfrom loaders.build import build_loader\nfrom fastssl.views import byol_asymmetric\n"
+        "from types import SimpleNamespace\nfrom loaders.build import build_loader\nfrom fastssl.recipes import byol_asymmetric\n"
         "dist = SimpleNamespace(rank=0, world=1, local_world=1, device=torch.device('cpu'))\n"
         "open = lambda backend: build_loader(sys.argv[1], 'train', byol_asymmetric(), dist=dist, batch=8, backend=backend)\n"
         "running = [open(backend).from_step(0) for backend in sys.argv[3:]]\n"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.views import center_crop
+from fastssl.recipes import center_crop
 from loaders import dali, ffcv
 from loaders.beton import JPEG, RAW, Beton, BetonWriter
 from loaders.build import build_eval_loader

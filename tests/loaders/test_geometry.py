@@ -8,8 +8,9 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 
+from fastssl.recipes import W2SSL_HALVES, W2SSL_QUADRANTS, byol_asymmetric, center_crop
 from fastssl.rng import CROP, uniform_numpy
-from fastssl.views import W2SSL_HALVES, W2SSL_QUADRANTS, CenterCrop, Crop, PatchCrop, View, byol_asymmetric, center_crop
+from fastssl.views import CenterCrop, Crop, PatchCrop, View
 from loaders.errors import DataError
 from loaders.geometry import Geometry
 

@@ -11,8 +11,9 @@ import torch
 from fastssl.augment.augmenter import Augmenter
 from fastssl.batch import MASKED_CHUNK, masked_patches
 from fastssl.distributed import Dist
+from fastssl.recipes import dino, ibot
 from fastssl.rng import MASK, fill_uniform, uniform
-from fastssl.views import Mask, dino, ibot
+from fastssl.views import Mask
 from loaders.build import build_loader
 from loaders.errors import DataError
 from loaders.geometry import Geometry

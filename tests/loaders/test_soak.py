@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from fastssl.batch import ImageBatch
-from fastssl.views import center_crop
+from fastssl.recipes import center_crop
 from loaders import dali, ffcv
 from loaders.build import build_eval_loader
 from tests.loaders.stored import OneMachine, jpeg, picture, samples, train_loader, write

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-from fastssl.views import byol_asymmetric, center_crop
+from fastssl.recipes import byol_asymmetric, center_crop
 from loaders.beton import Beton, BetonWriter
 from loaders.build import TrainLoader, build_eval_loader, build_loader
 from loaders.class_folders import scan

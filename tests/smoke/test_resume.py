@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastssl.metrics import read_jsonl
-from tests.conftest import SMALL, SMALL_MULTI_CROP, environment, run_train, train_command
+from tests.conftest import SMALL, SMALL_MONTAGES, SMALL_MULTI_CROP, SMALL_QUEUE, environment, run_train, train_command
 from tests.smoke.test_train import wait_for_step
 
 STEPS_PER_EPOCH = 4
@@ -29,10 +29,16 @@ def losses(log: Path) -> dict[int, float]:
         pytest.param("lewel_mini", 2, marks=pytest.mark.slow),
         pytest.param("dino_vit_mini", 2, marks=pytest.mark.slow),
         pytest.param("scfs_mini", 2, marks=pytest.mark.slow),
+        pytest.param("ibot_mini", 2, marks=pytest.mark.slow),
+        pytest.param("sere_mini", 2, marks=pytest.mark.slow),
+        pytest.param("mocov2_mini", 2, marks=pytest.mark.slow),
+        pytest.param("mocov3_mini", 2, marks=pytest.mark.slow),
+        pytest.param("w2ssl_mini", 2, marks=pytest.mark.slow),
     ],
 )
 def test_losses_after_a_kill(preset: str, ranks: int, beton_data: Path, tmp_path: Path):
-    small = SMALL if preset in ("byol_mini", "lewel_mini") else SMALL_MULTI_CROP
+    special = {"byol_mini": SMALL, "lewel_mini": SMALL, "mocov3_mini": SMALL, "mocov2_mini": SMALL_QUEUE, "w2ssl_mini": SMALL_MONTAGES}
+    small = special.get(preset, SMALL_MULTI_CROP)
     flags = (
         *("--preset", preset, *small, "--data.path", str(beton_data), "--train.epochs", "6", "--log.pictures", "False"),
         *("--eval.knn-every-epochs", "0"),

@@ -17,7 +17,7 @@ from fastssl.augment.augmenter import Augmenter
 from fastssl.distributed import Dist
 from fastssl.metrics import read_jsonl
 from fastssl.models.backbones import build_backbone
-from fastssl.views import center_crop
+from fastssl.recipes import center_crop
 from loaders.beton import Beton, BetonWriter
 from loaders.build import build_eval_loader
 from loaders.errors import DataError

@@ -15,7 +15,8 @@ from torchvision.transforms import InterpolationMode
 from fastssl.augment import Augmenter, augmenter, blur, colour, cpu
 from fastssl.augment.draws import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, ColourDraws, ColourParams
 from fastssl.batch import ImageBatch
-from fastssl.views import CenterCrop, Crop, Photometric, View, byol_asymmetric, center_crop
+from fastssl.recipes import byol_asymmetric, center_crop
+from fastssl.views import CenterCrop, Crop, Photometric, View
 
 # Differences on the 0..255 scale, as (mean, largest) absolute; the measured values are in the comments.
 # Pillow rounds after each of its two passes; we do not round at all. Bicubic overshoots are clipped in between, and since

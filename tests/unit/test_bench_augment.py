@@ -19,7 +19,8 @@ from fastssl.bench.augment_work import SOURCE, Task, material
 from fastssl.bench.parity import Error
 from fastssl.bench.report import write
 from fastssl.presets import PRESETS
-from fastssl.views import IMAGENET_STD, byol_asymmetric, dino, obow
+from fastssl.recipes import byol_asymmetric, dino, obow
+from fastssl.views import IMAGENET_STD
 from loaders.errors import DataError
 from tests.conftest import ROOT
 from tests.unit.test_layout import OURS, imported

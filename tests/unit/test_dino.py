@@ -17,7 +17,7 @@ from fastssl.methods.scfs import SCFS
 from fastssl.models.backbones import build_backbone
 from fastssl.models.vit import ViT
 from fastssl.presets import PRESETS
-from fastssl.views import byol_asymmetric, dino
+from fastssl.recipes import byol_asymmetric, dino
 from tests.golden.dino_family import TinyConv, grouped
 from tests.unit.test_engine import NoHostReads
 

@@ -18,7 +18,7 @@ from fastssl.ema import Ema, frozen_copy
 from fastssl.engine import prepare, resolve_dtype, train_step
 from fastssl.method import Method, StepOutput
 from fastssl.methods.byol import BYOL
-from fastssl.views import byol_asymmetric
+from fastssl.recipes import byol_asymmetric
 from tests.golden.toy import two_views
 from tests.ranks import run_ranks
 

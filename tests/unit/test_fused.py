@@ -17,7 +17,8 @@ from fastssl.augment import augmenter
 from fastssl.augment.augmenter import GroupPlan
 from fastssl.augment.draws import ColourDraws
 from fastssl.batch import ImageBatch
-from fastssl.views import RECIPES, CenterCrop, Crop, Photometric, View, ViewSpec, groups
+from fastssl.recipes import RECIPES
+from fastssl.views import CenterCrop, Crop, Photometric, View, ViewSpec, groups
 from tests.conftest import ROOT
 from tests.images import WILD_COLOURS, batch_of, images, small
 

@@ -23,7 +23,8 @@ from fastssl.models.backbones import build_backbone
 from fastssl.models.vit import ViT
 from fastssl.models.weights import load_backbone
 from fastssl.presets import PRESETS
-from fastssl.views import Mask, dino, ibot
+from fastssl.recipes import dino, ibot
+from fastssl.views import Mask
 from tests.golden.dino_family import grouped
 from tests.unit.test_engine import NoHostReads
 

@@ -15,7 +15,8 @@ from fastssl.methods import METHODS
 from fastssl.models.heads import ExpanderMLP
 from fastssl.optim.build import build_schedules
 from fastssl.presets import PRESETS
-from fastssl.views import Crop, View, obow, swav
+from fastssl.recipes import obow, swav
+from fastssl.views import Crop, View
 from tests.golden.dino_family import TinyConv, grouped
 
 ALONE = Dist(0, 1, 0, 1, torch.device("cpu"))

@@ -6,11 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
+from eval import extract as extract_module
 from eval import knn as knn_module
 from eval.features import Bank
-from eval.knn import NO_RANK, evaluate, keep_index, knn, lewel_monitor, majority_knn, truth_rank, votes
+from eval.knn import evaluate
 from eval.neighbours import search
 from eval.protocols import KNN_PROTOCOLS, LewelMonitor, write_result
+from eval.votes import NO_RANK, keep_index, knn, lewel_monitor, majority_knn, truth_rank, votes
 from fastssl.distributed import Dist
 from fastssl.models.backbones import build_backbone
 
@@ -175,15 +177,15 @@ SMALL = ("--resize", 72, "--crop", 64, "--batch", 5, "--workers", 1)
 def test_command_line_writes_protocol_and_numbers(photographs, tmp_path, monkeypatch, capsys):
     out = tmp_path / "result.json"
     code, shown, _ = call(
-        monkeypatch, capsys, "--checkpoint", "random:resnet18:1", "--data", photographs, "--out", out, "--k", 1, 50, *SMALL
+        monkeypatch, capsys, "--checkpoint", "random:resnet18:1", "--data", photographs, "--out", out, "--k", 1, 18, *SMALL
     )
     assert code == 0
     assert "knn/dino  knn1_top1 100.00 %" in shown
     result = json.loads(out.read_text())
     assert result["knn1_top1"] == 100.0
     assert set(result) == {
-        *("protocol", "checkpoint", "knn1_top1", "knn1_top5", "knn50_top1", "knn50_top5", "num_train", "num_val"),
-        *("arch", "method", "step", "network", "resize", "crop", "interpolation", "dtype"),
+        *("protocol", "checkpoint", "knn1_top1", "knn1_top5", "knn18_top1", "knn18_top5", "num_train", "num_val"),
+        *("arch", "method", "step", "network", "output_checksum", "resize", "crop", "interpolation", "kind", "dtype"),
     }
     assert (result["protocol"], result["num_train"], result["num_val"], result["arch"], result["step"]) == (
         "knn/dino",
@@ -208,6 +210,46 @@ def test_part_of_the_training_set_as_bank(photographs, tmp_path, monkeypatch, ca
         assert code == 1 and message in err
     code, _, err = call(monkeypatch, capsys, *flags, "--protocol", "knn/lewel-monitor", "--subset", "first:3")
     assert code == 1 and "leave --subset out" in err
+
+
+def test_a_separate_validation_set(photographs, tmp_path, monkeypatch, capsys):
+    """SFRIK's images for choosing hyper-parameters: behind the bank's in each class, one left out, and not those of val."""
+    out = tmp_path / "result.json"
+    flags = ("--checkpoint", "random:resnet18:1", "--data", photographs, "--k", 1, *SMALL, "--out", out, "--queries", "after:2")
+    code, shown, _ = call(monkeypatch, capsys, *flags, "--subset", "first:2")
+    result = json.loads(out.read_text())
+    assert code == 0 and "subset first:2, queries after:2" in shown
+    assert (result["num_train"], result["num_val"], result["queries"]) == (6, 6, "after:2")
+    code, _, err = call(monkeypatch, capsys, *flags)
+    assert code == 1 and "give it a part of its own with --subset" in err
+    code, _, err = call(monkeypatch, capsys, *flags, "--subset", "random:5")
+    assert code == 1 and "are in --subset random:5 and in --queries after:2: they would find themselves" in err
+
+
+def test_kept_features_and_a_picture(photographs, tmp_path, monkeypatch, capsys):
+    flags = ("--checkpoint", "random:resnet18:1", "--data", photographs, "--k", 1, 3, *SMALL, "--protocol", "knn/sfrik")
+    kept = ("--features", tmp_path / "features", "--picture", tmp_path / "near.png")
+    code, shown, _ = call(monkeypatch, capsys, *flags, *kept, "--out", tmp_path / "a.json")
+    assert code == 0 and "| resnet18 online, step 0 | knn/sfrik, k = 1 | 100.00 |" in shown
+    # the images that the features are of are not looked at again
+    monkeypatch.setattr(extract_module, "extracted", lambda *args, **options: pytest.fail("extracted again"))
+    code, _, _ = call(monkeypatch, capsys, *flags, *kept[:2], "--out", tmp_path / "b.json")
+    assert code == 0 and (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert (result["protocol"], result["kind"], result["knn1_top5"]) == ("knn/sfrik", "pooled", result["knn1_top1"])
+    with Image.open(tmp_path / "near.png") as page:
+        assert page.width == 2 * 16 + 6 * (160 + 12) and page.height > 8 * 160
+        near = np.asarray(page)[16 + 2 * 18 + 2 * 18 + 20, 16 + 172]  # the frame of the first query's nearest image: its copy
+    assert near.tolist() == [0x2C, 0xA0, 0x2C]
+
+
+def test_banks_that_are_too_small(photographs, tmp_path, monkeypatch, capsys):
+    flags = ("--checkpoint", "random:resnet18:1", *SMALL)
+    code, _, err = call(monkeypatch, capsys, *flags, "--data", photographs)
+    assert code == 1 and "200 neighbours are asked for, and the bank has 18 images" in err
+    (tmp_path / "names").write_text("coarse/0.jpg\nfine/0.jpg\n")
+    code, _, err = call(monkeypatch, capsys, *flags, "--data", photographs, "--k", 1, "--subset", tmp_path / "names")
+    assert code == 1 and "1 classes of the images to classify have no image in the bank" in err and "plain first" in err
 
 
 def test_command_line_of_the_monitor_writes_beside_the_checkpoint(photographs, tmp_path, monkeypatch, capsys):
@@ -248,14 +290,14 @@ def test_missing_validation_split_is_named(photographs, tmp_path, monkeypatch, c
 
 
 def test_unlabelled_data_is_refused(photographs, monkeypatch, capsys):
-    build = knn_module.build_eval_loader
+    build = extract_module.build_eval_loader
 
     def unlabelled(*args, **kwargs):
         loader = build(*args, **kwargs)
         loader.labels = None
         return loader
 
-    monkeypatch.setattr(knn_module, "build_eval_loader", unlabelled)
+    monkeypatch.setattr(extract_module, "build_eval_loader", unlabelled)
     code, _, err = call(monkeypatch, capsys, "--checkpoint", "random:resnet18", "--data", photographs, *SMALL)
     assert code == 1 and "no labels" in err
 

@@ -15,11 +15,12 @@ from fastssl import cli
 from fastssl.config import AdamW, BarlowLars, ConfigError, EfficiencyConfig, ModelConfig
 from fastssl.distributed import Dist
 from fastssl.engine import State, prepare, train_step
-from fastssl.losses.contrastive import in_batch_contrast, unit_rows
+from fastssl.losses.contrastive import in_batch_contrast
 from fastssl.methods.mocov3 import MoCoV3
 from fastssl.models.backbones import MOCOV3_VITS, build_backbone
 from fastssl.models.vit_mocov3 import MoCoV3ViT
 from fastssl.optim.build import build_optimizer
+from fastssl.precision import unit_rows
 from fastssl.presets import DEFAULTS, PRESETS
 from tests.golden.toy import ToyBackbone, two_views
 from tests.unit.test_engine import NoHostReads

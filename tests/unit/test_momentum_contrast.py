@@ -22,7 +22,7 @@ from fastssl.methods import METHODS
 from fastssl.models.features import Features
 from fastssl.models.queue import Queue
 from fastssl.presets import PRESETS
-from fastssl.views import dino
+from fastssl.recipes import dino
 from tests.golden.toy import ToyBackbone, two_views
 from tests.unit.test_engine import NoHostReads
 

@@ -11,6 +11,7 @@ from scipy.stats import chisquare
 from torch.overrides import TorchFunctionMode
 
 from fastssl.augment.patches import corners, cut_patches, draw
+from fastssl.recipes import w2ssl_windows
 from fastssl.views import PatchCrop
 
 GOLDEN = Path(os.environ.get("FASTSSL_GOLDEN") or Path(__file__).parents[1] / "golden" / "data") / "sfrik_patchgrid.npz"
@@ -120,6 +121,18 @@ def test_a_corner_depends_on_seed_epoch_sample_and_view_only():
     assert torch.equal(draw(crop, **{**key, "index": ids[[2, 0]]}), here[:, [2, 0]])
     for other in ({"seed": 8}, {"seed": 7 + 2**32}, {"epoch": 3}, {"index": ids + 10}, {"view": 2}):
         assert (draw(crop, **{**key, **other}) != here).any(-1).any(0).all(), other
+
+
+def test_windows_of_w2ssl():
+    """A common left side U{0..112}, tops U{0..67} and U{45..112}, independent of each other (methods/w2ssl.md section 14)."""
+    crop = w2ssl_windows()[2].crop
+    upper, lower = draw(crop, seed=3, epoch=1, index=torch.arange(20_000), view=2)
+    assert torch.equal(upper[:, 1], lower[:, 1])
+    for found, low, high in ((upper[:, 1], 0, 112), (upper[:, 0], 0, 67), (lower[:, 0], 45, 112)):
+        assert (found.min(), found.max()) == (low, high)
+        assert chisquare((found - low).bincount()).pvalue > BY_CHANCE
+    for one, other in ((upper[:, 0], lower[:, 0]), (upper[:, 0], upper[:, 1])):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.03
 
 
 @pytest.mark.parametrize(

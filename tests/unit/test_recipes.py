@@ -10,7 +10,8 @@ import torch
 from scipy.stats import kstwobign, norm
 
 from fastssl.augment.draws import ColourDraws
-from fastssl.views import RECIPES, CenterCrop, Crop, PatchCrop, View, dino, groups, obow, swav
+from fastssl.recipes import RECIPES, dino, obow, swav
+from fastssl.views import CenterCrop, Crop, PatchCrop, View, groups
 from loaders.geometry import Geometry
 from loaders.order import Order
 
@@ -73,6 +74,7 @@ TABLE = {
     "sere_vitb": multicrop(0.32, 0.32, 10),
     "scfs": multicrop(0.25, 0.25, 8),
     "w2ssl": [(2, 112, 0.2, 1, "bilinear", 0.5, A), (2, 112, 0.2, 1, "bilinear", 0.5, B)],
+    "w2ssl_windows": [(2, 112, 0.2, 1, "bilinear", 0.5, A), (1, 224, 0.2, 1, "bilinear", 0.5, B)],
     "w2ssl_quad": [(4, 112, 0.2, 1, "bilinear", 0.5, QUAD_1), (4, 112, 0.2, 1, "bilinear", 0.5, QUAD_2)],
     "eval": [(1, 224, "resize", 256, "bilinear", 0.0, NONE)],
     "eval_bicubic": [(1, 224, "resize", 256, "bicubic", 0.0, NONE)],

@@ -22,7 +22,8 @@ from fastssl.losses.relations import channel_loss, global_factors, local_factors
 from fastssl.methods.sere import SERE
 from fastssl.models.vit import ViT
 from fastssl.presets import PRESETS
-from fastssl.views import Mask, Photometric, ibot
+from fastssl.recipes import ibot
+from fastssl.views import Mask, Photometric
 from loaders.build import build_loader
 from tests.golden.dino_family import grouped
 from tests.unit.test_engine import NoHostReads

@@ -11,7 +11,8 @@ from skimage import data as photographs
 from fastssl.augment import Augmenter, pillow, show
 from fastssl.augment.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ColourDraws
 from fastssl.pictures import CAPTION, COLOURS, FRAME, GAP, MARGIN
-from fastssl.views import RECIPES, Crop, PatchCrop, Photometric, View
+from fastssl.recipes import RECIPES
+from fastssl.views import Crop, PatchCrop, Photometric, View
 
 PHOTO = Photometric(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grey=0.2, blur=0.5, solarize=0.2)
 SIZE = 224  # shown one to one

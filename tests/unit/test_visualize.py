@@ -54,7 +54,7 @@ def runs(class_folders, tmp_path_factory):
     """Folder with a checkpoint of every kind, and the methods they hold.  That of a plain ResNet is refused before its weights."""
     folder, methods = tmp_path_factory.mktemp("runs"), {}
     torch.manual_seed(0)
-    for name in ("scfs_mini", "lewel_mini", "dino_vit_mini"):
+    for name in ("scfs_mini", "lewel_mini", "lewel_m_mini", "dino_vit_mini"):
         saved = small(name, class_folders)
         cfg = visualize.saved_config(saved, name)
         backbone = partial(build_backbone, cfg.model.arch, image_size=cfg.model.image_size)
@@ -327,9 +327,10 @@ def centre_views(images, spec):
     return Augmenter(spec, device="cpu", dtype=torch.float32, seed=0)(as_batch(images, spec, seed=0, epoch=0, device=CPU))
 
 
-def test_lewel_sheet(runs, photos, tmp_path):
+@pytest.mark.parametrize(("name", "network"), [("lewel_mini", "online"), ("lewel_m_mini", "query")])
+def test_lewel_sheet(name, network, runs, photos, tmp_path):
     folder, methods = runs
-    run("--checkpoint", folder / "lewel_mini.pt", *photos, "--out", tmp_path / "sheet.png", "--size", 128, "--maps", 3)
+    run("--checkpoint", folder / f"{name}.pt", *photos, "--out", tmp_path / "sheet.png", "--size", 128, "--maps", 3)
     page = Image.open(tmp_path / "sheet.png")
     assert_margins_are_white(page, 7)  # four groups of three, two groups in a line
     spec = visualize.centre_crop(128, small_eval(), Photometric())
@@ -338,7 +339,7 @@ def test_lewel_sheet(runs, photos, tmp_path):
         as_batch([Image.open(p) for p in photos], spec, seed=0, epoch=0, device=CPU)
     )
     with torch.no_grad():
-        maps = aligned_maps(methods["lewel_mini"].online, views.groups[0].pixels)
+        maps = aligned_maps(methods[name].get_submodule(network), views.groups[0].pixels)
     chosen = choose_maps(maps, 4, 3)
     crops = denormalise(views.groups[0].pixels, Photometric())
     for i, g, m in ((0, 0, 0), (1, 1, 2), (1, 2, 0), (0, 3, 1)):

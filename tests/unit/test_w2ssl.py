@@ -20,7 +20,8 @@ from fastssl.losses.supervised_contrastive import supervised_contrastive
 from fastssl.methods.w2ssl import W2SSL, other_rows
 from fastssl.models.montage import Routes, decouple, drawn_rows, tile
 from fastssl.presets import PRESETS
-from fastssl.views import WindowCrop, w2ssl, w2ssl_quad, w2ssl_windows
+from fastssl.recipes import w2ssl, w2ssl_quad, w2ssl_windows
+from fastssl.views import WindowCrop
 from tests.golden.toy import ToyBackbone
 
 CPU = torch.device("cpu")

@@ -1,0 +1,251 @@
+"""Training a whole network with a new classifier: epochs, evaluations, and going on after an interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from eval.accuracy import Accuracy, accuracy
+from eval.classifier import Classifier
+from eval.labels import checked_classes
+from eval.training_images import TrainingImages
+from eval.tuning_protocols import TuningProtocol
+from fastssl.augment.augmenter import Augmenter
+from fastssl.batch import ImageBatch
+from fastssl.checkpoint import CheckpointError, atomic_save
+from fastssl.config import ConfigError
+from fastssl.distributed import Dist
+from fastssl.models.features import Backbone
+from fastssl.models.norm import broadcast_running_statistics
+from fastssl.models.weights import weights_digest
+from fastssl.recipes import center_crop
+from fastssl.views import Photometric
+from loaders.build import EvalLoader, TrainLoader, build_eval_loader, build_loader
+from loaders.open import Backend
+
+FORMAT = "fastssl-tuning-1"
+
+
+@dataclass
+class Record:
+    """One epoch."""
+
+    epoch: int
+    loss: float
+    """Mean over the steps of all ranks."""
+    top1: float | None = None
+    """Percent; None where the protocol does not evaluate."""
+    top5: float | None = None
+    per_class: dict[str, float | None] | None = None
+
+
+@dataclass
+class TuningData:
+    """The images to learn from and to measure with."""
+
+    train: TrainLoader
+    val: EvalLoader
+    images: TrainingImages
+    val_crops: Augmenter
+    num_classes: int
+    passes: int
+    """Forward passes of a step."""
+    steps_per_epoch: int
+
+
+def shared_step(protocol: TuningProtocol, dist: Dist, forward: int) -> tuple[int, int]:
+    """Images of a rank's forward pass of at most `forward` views, and passes of a step.
+
+    With repeated augmentation the step is rounded down to what can be shared.  ConfigError for unequal or, where images are mixed
+    with each other, odd parts.
+    """
+    unit = 2 if protocol.mixes else 1
+    images = protocol.batch // protocol.repeats
+    if protocol.repeats > 1:
+        images -= images % (dist.world * unit)
+    mine, rest = divmod(images, dist.world)
+    for passes in range(1, mine + 1):
+        if not rest and mine % (passes * unit) == 0 and mine // passes * protocol.repeats <= forward:
+            return mine // passes, passes
+    raise ConfigError(
+        f"A batch of {protocol.batch} cannot be shared by {dist.world} processes in forward passes of at most {forward} images"
+        f"{', an even number each, as images are mixed in pairs' if unit == 2 else ''}: change --batch or --forward."
+    )
+
+
+def open_data(
+    path: str,
+    protocol: TuningProtocol,
+    *,
+    dist: Dist,
+    normalisation: Photometric,
+    queries: str = "",
+    forward: int = 1024,
+    backend: Backend = "auto",
+    workers: int = 0,
+    seed: int = 0,
+) -> TuningData:
+    """Arguments as on the command line.  ConfigError or DataError for what cannot be learned or measured."""
+    batch, passes = shared_step(protocol, dist, forward)
+    reading = {"dist": dist, "backend": backend, "workers": workers}
+    batches = {"batch": batch, "accumulation_steps": passes, "last_batch": protocol.last_batch, "seed": seed}
+    train = build_loader(path, "train", TrainingImages.spec(protocol, normalisation), **reading, **batches, subset=protocol.subset)
+    plain = Photometric(mean=normalisation.mean, std=normalisation.std)
+    (view,) = center_crop(size=protocol.crop, resize=protocol.resize, interpolation=protocol.interpolation)
+    val_spec = (type(view)(crop=view.crop, photometric=plain),)
+    val = build_eval_loader(path, "train" if queries else "val", val_spec, **reading, batch=min(forward, 256), subset=queries)
+    num_classes = checked_classes(train, val, path)
+    images = TrainingImages(protocol, plain, num_classes, dist=dist, seed=seed, threads=train.workers)
+    val_crops = Augmenter(val_spec, device=dist.device, dtype=torch.float32, seed=seed)
+    steps = train.steps_per_epoch
+    if protocol.repeats > 1:
+        steps = max(1, train.num_samples // (batch * passes * dist.world * protocol.repeats))
+    return TuningData(train, val, images, val_crops, num_classes, passes, steps)
+
+
+@dataclass
+class Tuning:
+    """An end-to-end evaluation; `run` trains what is left of it.  The backbone becomes part of the classifier."""
+
+    backbone: Backbone
+    protocol: TuningProtocol
+    data: TuningData
+    dist: Dist
+    dtype: torch.dtype
+    seed: int = 0
+    history: list[Record] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.digest = weights_digest(self.backbone)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.model = Classifier(self.backbone, self.data.num_classes, self.protocol)
+        self.model.to(self.dist.device, memory_format=torch.channels_last)
+        self.optimizer = self.model.optimizer(self.protocol)
+        self.scaler = torch.amp.GradScaler(self.dist.device.type, enabled=self.dtype is torch.float16)
+        # DDP's broadcast of rank 0's running statistics before every forward pass is that of the published runs
+        self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if self.dist.world > 1 else self.model
+
+    @property
+    def best(self) -> Record:
+        return max((r for r in self.history if r.top1 is not None), key=lambda r: r.top1)
+
+    def run(self, state_file: Path | None, identity: dict[str, object], say: Callable[[str], None]) -> None:
+        """Train the epochs that are left, evaluating as the protocol does; after each epoch the state is saved, atomically.
+
+        state_file   where; None: nowhere.  It is removed when all is done
+        identity     what must be equal for a saved state to be continued
+
+        ConfigError when the training diverges, and for the state of another evaluation.
+        """
+        if state_file is not None and state_file.exists():
+            self._resume(state_file, identity)
+            say(f"continuing {state_file} after epoch {len(self.history)}")
+        done, steps = len(self.history), self.data.steps_per_epoch
+        with closing(self.data.train.from_step(done * steps)) as batches:
+            for epoch in range(done, self.protocol.epochs):
+                record = Record(epoch + 1, self.train_epoch(batches, epoch))
+                if self.protocol.evaluated(epoch):
+                    found = self.evaluate()
+                    record.top1, record.top5 = found.top1[0], found.top5[0]
+                    if record.top1 > max((r.top1 for r in self.history if r.top1 is not None), default=-1.0):
+                        record.per_class = found.per_class(0, self.data.train.classes)
+                self.history.append(record)
+                if state_file is not None and self.dist.is_main:
+                    atomic_save(self.state_dict(identity), state_file)
+                say(self.line(record))
+        self.dist.barrier()  # before the file goes, every rank has read it
+        if state_file is not None and self.dist.is_main:
+            state_file.unlink(missing_ok=True)
+
+    def train_epoch(self, batches: Iterator[ImageBatch], epoch: int) -> float:
+        """-> the loss."""
+        self.model.train()
+        steps, passes = self.data.steps_per_epoch, self.data.passes
+        images = self.data.images.of(islice(batches, steps * passes))
+        total = torch.zeros((), device=self.dist.device)
+        what = f"epoch {epoch + 1}/{self.protocol.epochs}"
+        with closing(images), tqdm(total=steps, desc=what, leave=False, disable=not (self.dist.is_main and sys.stderr.isatty())) as bar:
+            for step in range(epoch * steps, (epoch + 1) * steps):
+                total += self.step(images, step)
+                bar.update()
+        loss = sum(self.dist.gather_objects(float(total) / steps)) / self.dist.world
+        if not math.isfinite(loss):
+            raise ConfigError(f"{self.protocol.name} diverged in epoch {epoch + 1}. Take a smaller --base-lr, or --dtype fp32.")
+        return loss
+
+    def step(self, images: Iterator[tuple[Tensor, Tensor]], step: int) -> Tensor:
+        """One update of the weights -> this rank's loss before it."""
+        lr = self.protocol.lr(step, self.data.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        total = torch.zeros((), device=self.dist.device)
+        smoothing = 0.0 if self.protocol.mixes else self.protocol.smoothing  # mixed targets are smooth
+        for part in range(self.data.passes):
+            x, targets = self.data.images.mixed(*next(images), step, part)
+            last = part == self.data.passes - 1
+            with contextlib.nullcontext() if last or self.dist.world == 1 else self.wrapped.no_sync():
+                with self._autocast():
+                    logits = self.wrapped(x)
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing) / self.data.passes
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    @torch.no_grad()
+    def evaluate(self) -> Accuracy:
+        self.model.eval()
+        if self.dist.world > 1 and any(True for _ in self.model.buffers()):
+            broadcast_running_statistics(self.model)
+        return accuracy(self._scored(), self.data.num_classes, self.dist)
+
+    def _scored(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.data.val:
+            (x,) = self.data.val_crops(batch).per_view()
+            with self._autocast():
+                logits = self.model(x)
+            yield logits.float(), batch.label.long()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.dist.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16))
+
+    def line(self, record: Record) -> str:
+        """One epoch in words."""
+        lr = self.protocol.lr((record.epoch - 1) * self.data.steps_per_epoch, self.data.steps_per_epoch)
+        accuracies = "" if record.top1 is None else f"  top-1 {record.top1:.2f} %  best {self.best.top1:.2f} %"
+        return f"epoch {record.epoch}/{self.protocol.epochs}  lr {lr:.3g}  loss {record.loss:.4f}{accuracies}"
+
+    def state_dict(self, identity: dict[str, object]) -> dict:
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
+        return {"format": FORMAT, "identity": identity, "history": [asdict(r) for r in self.history], **parts}
+
+    def _resume(self, path: Path, identity: dict[str, object]) -> None:
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            theirs = saved["identity"]
+        except Exception as error:
+            raise CheckpointError(f"{path} cannot be continued from ({type(error).__name__}). Delete it to start again.") from error
+        if different := [n for n in {**theirs, **identity} if theirs.get(n) != identity.get(n)]:
+            shown = ", ".join(f"{n} was {theirs.get(n)} and is {identity.get(n)}" for n in different)
+            raise ConfigError(
+                f"{path} is of an unfinished evaluation with other settings: {shown}. Finish it with those, delete it, or write elsewhere "
+                f"with --out FILE.json."
+            )
+        for name in ("model", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.history = [Record(**r) for r in saved["history"]]
