@@ -166,7 +166,7 @@ class _Outputs(nn.Module):
 def write_onnx(e: Exported, out: Path) -> None:
     """images float32 [batch, 3, size, size], any batch, normalised -> pooled [batch, D], and map or tokens."""
     if missing := [package for package in ("onnx", "onnxscript") if find_spec(package) is None]:
-        raise CheckpointError(f"Exporting to ONNX needs {' and '.join(missing)}: pip install onnx onnxscript")
+        raise CheckpointError(f"Exporting to ONNX needs {' and '.join(missing)}: pip install onnx onnxscript, or the extra fastssl[onnx]")
     images = torch.zeros(2, 3, e.image_size, e.image_size)
     # Given the network itself, torch.onnx.export would fix the batch without a word where it cannot keep it free.
     graph = torch.export.export(_Outputs(e.backbone).eval(), (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})

@@ -126,6 +126,8 @@ def main() -> None:
             "--data",
             str(data),
             *size,
+            "--k",
+            "20",
             "--out",
             str(out),
             quiet=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 
 from fastssl.config import EfficiencyConfig
@@ -28,6 +29,7 @@ def gradients(rank: int, world: int) -> dict[str, list[torch.Tensor]]:
     return found
 
 
+@pytest.mark.slow
 def test_bf16_rounds_what_is_exchanged():
     here, there = run_ranks(2, gradients)
     for exact, rounded, other in zip(here["auto"], here["bf16"], there["bf16"], strict=True):

@@ -51,7 +51,18 @@ def test_checkpoint_has_raw_names(trained: Path):
 
 def test_knn_command(trained: Path, beton_data: Path):
     out = trained / "knn.json"
-    arguments = ["--checkpoint", str(trained / "checkpoint_last.pt"), "--data", str(beton_data), "--resize", "32", "--crop", "32"]
+    arguments = [
+        "--checkpoint",
+        str(trained / "checkpoint_last.pt"),
+        "--data",
+        str(beton_data),
+        "--resize",
+        "32",
+        "--crop",
+        "32",
+        "--k",
+        "20",
+    ]
     command = train_command()[:-1] + ["-m", "eval.knn", *arguments, "--out", str(out)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -541,7 +541,7 @@ def test_interrupted_conversion_leaves_nothing(tmp_path, stop, code):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "convert.imagenet", "--source", str(folder), "--out", str(out), "--workers", "2"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while not (out / "train.beton.partial").exists() or (out / "train.beton.partial").stat().st_size < 9 << 20:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
