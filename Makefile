@@ -50,9 +50,9 @@ bench: $(READY)  ## what loader and augmentation reach, next to their bounds and
 gpu-check: $(READY)  ## GPU tests and benchmarks, one JSON in benchmarks/results; without CUDA it says so    [BETON=]
 	@$(PY) -m scripts.gpu_check $(if $(BETON),--beton "$(BETON)")
 
-eval-knn: $(if $(CHECKPOINT),$(READY))  ## k-NN of a backbone    CHECKPOINT=FILE [DATA=data/imagenet]
+eval-knn: $(if $(CHECKPOINT),$(READY))  ## k-NN of a backbone    CHECKPOINT=FILE [DATA=data/imagenet] [PROTOCOL=knn/dino] [ARGS="--k 20"]
 	@test -n "$(CHECKPOINT)" || { echo "Say which backbone: make eval-knn CHECKPOINT=runs/NAME/checkpoint_last.pt" >&2; exit 2; }
-	@$(PY) -m eval.knn --checkpoint "$(CHECKPOINT)" $(if $(DATA),--data "$(DATA)")
+	@$(PY) -m eval.knn --checkpoint "$(CHECKPOINT)" $(if $(DATA),--data "$(DATA)") $(if $(PROTOCOL),--protocol "$(PROTOCOL)") $(ARGS)
 
 eval-linear: $(if $(CHECKPOINT),$(READY))  ## linear classifier on a frozen backbone    CHECKPOINT=FILE [DATA=data/imagenet] [PROTOCOL=linear/lewel] [ARGS="--epochs 5"]
 	@test -n "$(CHECKPOINT)" || { echo "Say which backbone: make eval-linear CHECKPOINT=runs/NAME/checkpoint_last.pt" >&2; exit 2; }

@@ -97,7 +97,7 @@ class LinearProtocol:
         """The name, and what differs from the published settings: "linear/dino, 5 of 100 epochs"."""
         published = LINEAR_PROTOCOLS[self.name]
         parts = [self.name] if self.epochs == published.epochs else [self.name, f"{self.epochs} of {published.epochs} epochs"]
-        if self.base_lr != published.base_lr:
+        if (self.base_lr, self.vit_lr) != (published.base_lr, published.vit_lr):
             parts.append(f"base lr {self.base_lr:g}")
         for name in ("batch", "crop", "resize"):
             ours, theirs = getattr(self, name), getattr(published, name)

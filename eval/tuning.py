@@ -210,7 +210,7 @@ class Tuning:
     @torch.no_grad()
     def evaluate(self) -> Accuracy:
         self.model.eval()
-        if self.dist.world > 1 and any(True for _ in self.model.buffers()):
+        if self.dist.world > 1:
             broadcast_running_statistics(self.model)
         return accuracy(self._scored(), self.data.num_classes, self.dist)
 

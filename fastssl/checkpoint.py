@@ -71,7 +71,7 @@ def save(state: State, folder: Path, *, keep: bool = False) -> Path:
         atomic_save(contents(state), last)
         backbone = {k: v.contiguous() for k, v in state.method.backbone.state_dict().items()}
         temporary = folder / "backbone.partial"
-        save_file(backbone, temporary, metadata={"arch": state.cfg.model.arch, "preset": state.cfg.preset, "step": str(state.step)})
+        save_file(backbone, temporary, metadata=description(state))
         temporary.replace(folder / "backbone.safetensors")
         if keep:
             kept = folder / f"checkpoint_ep{round(state.step / state.steps_per_epoch):04d}.pt"
@@ -88,6 +88,16 @@ def save(state: State, folder: Path, *, keep: bool = False) -> Path:
             f"Free some space and continue with --train.resume auto."
         ) from error
     return last
+
+
+def description(state: State) -> dict[str, str]:
+    """What an evaluation of backbone.safetensors has to know, in the file's metadata: text only."""
+    colours = state.cfg.views[0].photometric
+    return {
+        **{"arch": state.cfg.model.arch, "preset": state.cfg.preset, "step": str(state.step)},
+        **{"method": state.cfg.method.name, "network": state.method.evaluated},
+        **{name: " ".join(map(str, getattr(colours, name))) for name in ("mean", "std")},
+    }
 
 
 def atomic_save(value: dict, path: Path) -> None:
@@ -157,7 +167,8 @@ def restore(state: State, path: Path) -> None:
         )
     load_weights(state.method, saved, path)
     state.optimizer.load_state_dict(saved["optimizer"])
-    state.scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"].get("growth_interval") == state.scaler.get_growth_interval():
+        state.scaler.load_state_dict(saved["scaler"])  # one of bf16 or fp32 says nothing about the scale that fp16 needs
     state.metrics.load_state_dict(saved["metrics"], state.dist.device)
     state.step = saved["step"]
 

@@ -59,6 +59,8 @@ def check_name(kind: str, name: str, table: dict):
 def rank_batch(cfg: RunConfig, world: int) -> int:
     """Images of one micro-batch of one rank.  ConfigError when the global batch does not divide."""
     t = cfg.train
+    if t.accumulation_steps < 1:
+        raise ConfigError(f"--train.accumulation-steps must be at least 1, got {t.accumulation_steps}.")
     share = world * t.accumulation_steps
     if t.global_batch_size % share or t.global_batch_size < share:
         below = max(t.global_batch_size // share, 1) * share
@@ -95,7 +97,9 @@ def check(cfg: RunConfig, world: int) -> list[str]:
         if not math.isfinite(value) or value < 0:
             raise ConfigError(f"{flag} must not be negative, got {value}.")
     if o.min_lr and o.schedule != "dino":
-        raise ConfigError(f"--optim.min-lr {o.min_lr} needs --optim.schedule dino: the cosine of '{o.schedule}' ends at 0.")
+        raise ConfigError(f"--optim.min-lr {o.min_lr} needs --optim.schedule dino: where the cosine of '{o.schedule}' ends is fixed.")
+    if not 0 <= o.warmup_epochs < t.epochs:
+        raise ConfigError(f"--optim.warmup-epochs {o.warmup_epochs} must be at least 0 and smaller than --train.epochs {t.epochs}.")
     if t.resume and t.init_from:
         raise ConfigError("--train.resume continues a run and --train.init-from starts one: give only one of them.")
     if method.couples_batch and t.accumulation_steps > 1:

@@ -41,6 +41,7 @@ class ModelConfig:
         "vit_small_patch8",
         "vit_base_patch16",
         "vit_base_patch8",
+        "vit_large_patch16",
         "vit_tiny_patch8_mocov3",
         "vit_small_patch16_mocov3",
         "vit_base_patch16_mocov3",

@@ -106,7 +106,8 @@ def prepare(method: Method, cfg: RunConfig, dist: Dist, steps_per_epoch: int) ->
     method.global_batch_size = cfg.train.global_batch_size
     optimizer = build_optimizer(method, cfg)
     if compiles(cfg, dist.device):
-        # In place and before DDP: state-dict keys stay clean.  One graph per batch length: the full one and a kept last one.
+        # In place and before DDP: state-dict keys stay clean.  One graph per batch length, the full one and a kept last one;
+        # with several ranks Dynamo cuts it at DDP's buckets, which are exchanged while the rest is computed.
         method.compile(dynamic=False)
     model: nn.Module = method
     if dist.world > 1:

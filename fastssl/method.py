@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from fastssl.batch import Views
 from fastssl.collapse import SPREAD, Watch
-from fastssl.config import MethodConfig, RunConfig
+from fastssl.config import ConfigError, MethodConfig, RunConfig
 from fastssl.ema import Ema
 from fastssl.optim.schedules import Sched
 from fastssl.views import ViewSpec
@@ -52,6 +53,10 @@ class Method(nn.Module):
     def check(cls, cfg: RunConfig) -> None:
         """Raise ConfigError when the method cannot train as configured; overrides relate the method's values to those of the run."""
         cls.check_views(cfg.views)
+        for name, value in dataclasses.asdict(cfg.method).items():
+            divides = name == "scale" or "temp" in name and not name.endswith("epochs")
+            if divides and value <= 0:
+                raise ConfigError(f"--method.{name.replace('_', '-')} {value} must be positive.")
 
     @classmethod
     def check_views(cls, views: ViewSpec) -> None:

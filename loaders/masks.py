@@ -15,7 +15,7 @@ from fastssl.rng import MASK, fill_uniform, uniform
 from fastssl.views import ViewSpec
 from loaders.errors import DataError
 
-kernel = njit(nogil=True, cache=True)
+kernel = njit(nogil=True)  # not cached: numba would not notice a change in rng.py
 
 _SLOTS = 64
 """Numbers drawn at once: three masks of four need no more."""

@@ -61,6 +61,7 @@ class SelfDistillation(Method):
     backbone_prefix = "student.backbone."
     target_backbone_prefix = "teacher.backbone."
     evaluated = "target"
+    norm_policies = ("local", "sync")
 
     def __init__(self, cfg: DistillationConfig, student: nn.Module, norm: str, centers: Mapping[str, int]):
         super().__init__()

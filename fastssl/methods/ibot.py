@@ -98,8 +98,6 @@ class IBOT(SelfDistillation):
         """Weight of the loss of masked patches (lambda_2)."""
 
     def __init__(self, cfg: Config, backbone: Callable[[], nn.Module], norm: str):
-        if cfg.bn_in_head:
-            raise ConfigError("iBOT's head sees masked patches only, which BatchNorm would normalise by: set --method.bn-in-head False.")
         net = IBOTNet(backbone(), cfg)
         if not net.backbone.mask_stride:
             raise ConfigError("iBOT hides patches: take a ViT as --model.arch.")
@@ -119,10 +117,14 @@ class IBOT(SelfDistillation):
     @classmethod
     def check(cls, cfg: RunConfig) -> None:
         super().check(cfg)
+        if cfg.method.bn_in_head:
+            raise ConfigError(
+                f"{cls.__name__}'s head sees masked patches only, which BatchNorm would normalise by: set --method.bn-in-head False."
+            )
         with torch.device("meta"):
             stride = build_backbone(cfg.model.arch, image_size=cfg.model.image_size).mask_stride
         if not stride:
-            raise ConfigError(f"{cls.__name__} hides patches, and {cfg.model.arch} has none: take a ViT as --model.arch.")
+            raise ConfigError(f"{cls.__name__} hides patches, which {cfg.model.arch} does not offer: take a ViT as --model.arch.")
         for v, view in enumerate(cfg.views[:2]):
             if view.mask.patch_size != stride:
                 raise ConfigError(

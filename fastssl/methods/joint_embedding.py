@@ -47,6 +47,7 @@ class JointEmbedding(Method):
     couples_batch = True
     norm_policies = ("local", "sync")
     backbone_prefix = "encoder.backbone."
+    norm_policies = ("local", "sync")
 
     def __init__(self, cfg: JointEmbeddingConfig, backbone: Callable[[], nn.Module], norm: str):
         super().__init__()

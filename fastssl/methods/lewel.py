@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastssl.batch import Views
 from fastssl.collapse import embedding_logs
-from fastssl.config import ConfigError, MethodConfig
+from fastssl.config import ConfigError, MethodConfig, RunConfig
 from fastssl.ema import Ema, frozen_copy
 from fastssl.losses.cosine import cosine_loss
 from fastssl.method import Method, StepOutput
@@ -106,6 +106,12 @@ class AlignedNet(nn.Module):
         return Embeddings(projected[:, 0], self.aligned_projector.rows(aligned))
 
 
+def check_feature_map(name: str, cfg: RunConfig) -> None:
+    """Maps are of a convolutional network."""
+    if not cfg.model.arch.startswith("resnet"):
+        raise ConfigError(f"{name} pools a feature map with its alignment maps: take a ResNet as --model.arch, not {cfg.model.arch}.")
+
+
 class LEWEL(Method):
     @dataclass(frozen=True, kw_only=True)
     class Config(AlignedConfig):
@@ -131,6 +137,11 @@ class LEWEL(Method):
         self.loss_weight = cfg.loss_weight
         self.eman = norm == "eman"
         self.ema = (Ema(self.online, self.target, buffers=self.eman, target_mode="eval" if self.eman else "train"),)
+
+    @classmethod
+    def check(cls, cfg: RunConfig) -> None:
+        super().check(cfg)
+        check_feature_map(cls.__name__, cfg)
 
     @classmethod
     def check_views(cls, views: ViewSpec) -> None:

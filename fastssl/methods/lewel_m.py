@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.collapse import embedding_logs
+from fastssl.config import RunConfig
 from fastssl.losses.info_nce import info_nce, top
 from fastssl.method import StepOutput
-from fastssl.methods.lewel import AlignedConfig, AlignedNet
+from fastssl.methods.lewel import AlignedConfig, AlignedNet, check_feature_map
 from fastssl.methods.mocov2 import MomentumContrast
 from fastssl.models.heads import MLP, PlainMLP
 from fastssl.precision import unit_rows
@@ -52,6 +53,11 @@ class LEWELM(MomentumContrast):
         queues = {"global": cfg.queue_size, "aligned": cfg.aligned_queue_size}
         super().__init__(AlignedNet(backbone(), cfg), norm, queues, cfg.dim)
         self.cfg = cfg
+
+    @classmethod
+    def check(cls, cfg: RunConfig) -> None:
+        super().check(cfg)
+        check_feature_map(cls.__name__, cfg)
 
     @classmethod
     def queue_sizes(cls, cfg: Config) -> dict[str, tuple[int, int]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastssl.batch import Views
 from fastssl.collapse import embedding_logs
 from fastssl.config import ConfigError, MethodConfig, RunConfig
-from fastssl.ema import Ema, average_buffers_, frozen_copy
+from fastssl.ema import Ema, average_buffers_, frozen_copy, without_drop_path
 from fastssl.losses.collectives import world_size
 from fastssl.losses.info_nce import info_nce, top
 from fastssl.method import Method, StepOutput
@@ -46,7 +46,7 @@ class MomentumContrast(Method):
     def __init__(self, encoder: nn.Module, norm: str, queues: Mapping[str, int], dim: int):
         super().__init__()
         self.query = apply_norm_policy(encoder, norm)
-        self.key = frozen_copy(self.query)
+        self.key = without_drop_path(frozen_copy(self.query))
         self.queues = nn.ModuleDict({name: Queue(size, dim) for name, size in queues.items()})
         self.norm = norm
         # EMAN averages the running statistics after the query's forward pass, which has just moved them: `forward` does it.

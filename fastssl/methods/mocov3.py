@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastssl.batch import Views
 from fastssl.collapse import embedding_logs
 from fastssl.config import ConfigError, MethodConfig
-from fastssl.ema import Ema, frozen_copy
+from fastssl.ema import Ema, frozen_copy, without_drop_path
 from fastssl.losses.collectives import gathered
 from fastssl.losses.contrastive import in_batch_contrast
 from fastssl.method import Method, StepOutput
@@ -89,8 +89,6 @@ class MoCoV3(Method):
 
     def __init__(self, cfg: Config, backbone: Callable[[], nn.Module], norm: str):
         super().__init__()
-        if cfg.temperature <= 0:
-            raise ConfigError(f"--method.temperature {cfg.temperature} must be positive.")
         body = backbone()
         if cfg.freeze_patch_projection:
             if not hasattr(body, "freeze_patch_projection"):
@@ -101,7 +99,7 @@ class MoCoV3(Method):
         projector = Head(body.num_features, cfg.hidden, cfg.dim, layers=cfg.projector_layers, last_bn=True)
         self.online = apply_norm_policy(Encoder(body, projector), norm)
         self.predictor = apply_norm_policy(Head(cfg.dim, cfg.hidden, cfg.dim, layers=2, last_bn=cfg.predictor_bn), norm)
-        self.target = frozen_copy(self.online)
+        self.target = without_drop_path(frozen_copy(self.online))
         self.ema = (Ema(self.online, self.target, when="before_forward"),)
         self.temperature = cfg.temperature
 

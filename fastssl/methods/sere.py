@@ -79,8 +79,8 @@ class SERE(IBOT):
             )
         if min(*m.overlap_size, m.local_overlap_size) < 2:
             raise ConfigError("--method.overlap-size and --method.local-overlap-size must be at least 2: from border to border.")
-        if min(m.temperature_pixel, m.temperature_channel, *m.relation_divisors) <= 0:
-            raise ConfigError("--method.temperature-pixel, --method.temperature-channel and --method.relation-divisors must be positive.")
+        if min(m.relation_divisors) <= 0:
+            raise ConfigError("--method.relation-divisors must be positive.")
 
     def forward(self, views: Views, sched: Sched) -> StepOutput:
         encoded = self.encode(views)

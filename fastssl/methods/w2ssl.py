@@ -104,8 +104,6 @@ class W2SSL(Method):
         m = cfg.method
         if not cfg.model.arch.startswith("resnet"):
             raise ConfigError(f"W2SSL cuts a feature map into patches: take a ResNet as --model.arch, not {cfg.model.arch}.")
-        if m.temperature <= 0 or m.base_temperature <= 0:
-            raise ConfigError("--method.temperature and --method.base-temperature must be positive.")
         if (found := parts_of(cfg.views)) != m.parts:
             raise ConfigError(f"These views cut each image into {found} parts: set --method.parts {found}, or take other views.")
         if cfg.data.last_batch != "drop":

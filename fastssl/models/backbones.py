@@ -16,6 +16,7 @@ VITS = {  # width, blocks, heads, patch size
     "vit_small_patch8": (384, 12, 6, 8),
     "vit_base_patch16": (768, 12, 12, 16),
     "vit_base_patch8": (768, 12, 12, 8),
+    "vit_large_patch16": (1024, 24, 16, 16),
 }
 MOCOV3_VITS = {  # width, blocks, heads, patch size, whether a convolutional stem makes the patches
     "vit_tiny_patch8_mocov3": (192, 12, 12, 8, False),

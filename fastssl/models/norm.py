@@ -101,6 +101,8 @@ def broadcast_running_statistics(module: nn.Module) -> None:
     forward pass.
     """
     stats = [b for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    if not stats:  # a transformer
+        return
     flat = torch.cat([b.reshape(-1) for b in stats])
     dist.broadcast(flat, src=0)
     torch._foreach_copy_(stats, [part.view_as(b) for part, b in zip(flat.split([b.numel() for b in stats]), stats, strict=True)])

@@ -22,8 +22,11 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, rows: Tensor) -> None:
-        """Put all ranks' rows [n, dim], in rank order, in the place of the oldest; a collective."""
-        rows = gathered(rows)
+        """Put all ranks' rows [n, dim], in rank order, in the place of the oldest; a collective.
+
+        The oldest stay where a row is not finite: the step that made it was skipped, and it would spoil every step until it leaves.
+        """
+        rows = gathered(rows).to(self.rows.dtype)
         at = (self.pointer + torch.arange(len(rows), device=rows.device)) % len(self.rows)
-        self.rows.index_copy_(0, at, rows.to(self.rows.dtype))
+        self.rows.index_copy_(0, at, torch.where(rows.isfinite().all(1, keepdim=True), rows, self.rows[at]))
         self.pointer.copy_((self.pointer + len(rows)) % len(self.rows))

@@ -48,9 +48,15 @@ def load_backbone(checkpoint: str, *, arch: str | None = None, network: Network 
         state = _of_run(path, saved, network, about)
         named = saved["config"]["model"]["arch"]
     else:
-        state = _of_others(path, saved, network, about)
-        about["preset"] = metadata.get("preset")
+        held = metadata.get("network")
+        if held and network not in ("auto", held):
+            raise CheckpointError(f"{path} holds the {held} network only. Give the run's checkpoint_last.pt for the other.")
+        state = _of_others(path, saved, "auto" if held else network, about)
+        about |= {name: metadata.get(name) for name in ("preset", "method")}
         about["step"] = int(metadata["step"]) if "step" in metadata else None
+        if held:
+            about["network"] = held
+            about["normalisation"] = {name: tuple(map(float, metadata[name].split())) for name in ("mean", "std")}
         named = metadata.get("arch")
     about["arch"] = _architecture(path, state, arch, named)
     return _filled(path, about["arch"], state), about

@@ -14,8 +14,6 @@ from fastssl.optim.schedules import Sched, Schedules, cosine_momentum, warmup_co
 def build_schedules(cfg: RunConfig, steps_per_epoch: int) -> Schedules:
     """The schedules of the configured family."""
     o, t = cfg.optim, cfg.train
-    if o.warmup_epochs >= t.epochs:
-        raise ConfigError(f"--optim.warmup-epochs {o.warmup_epochs} must be smaller than --train.epochs {t.epochs}.")
     peak, total, warmup = o.peak_lr(t.global_batch_size), t.epochs * steps_per_epoch, o.warmup_epochs * steps_per_epoch
 
     def lr(s: int) -> float:

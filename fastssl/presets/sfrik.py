@@ -8,6 +8,8 @@ the paper that the specification does not quote.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastssl.config import BarlowLars, DataConfig, EvalConfig, LogConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
 from fastssl.methods.sfrik import SFRIK
 from fastssl.recipes import auh, obow, swav, vicreg
@@ -76,7 +78,8 @@ def sfrik_r18_100ep_stl10() -> RunConfig:
     Convert stl10_binary/ to data/stl10, or give --data.path.
     """
     data = DataConfig(path="data/stl10/unlabeled.beton", last_batch="keep")
-    return published("sfrik_r18_100ep_stl10", "resnet18", SFRIK.Config(mlp=R18_MLP, sim_coeff=4000.0), auh(), data, lr=1.2)
+    cfg = published("sfrik_r18_100ep_stl10", "resnet18", SFRIK.Config(mlp=R18_MLP, sim_coeff=4000.0), auh(), data, lr=1.2)
+    return replace(cfg, eval=EvalConfig(resize=96, crop=96))  # its file is unlabelled; evaluations take the images as they are
 
 
 def sfrik_mini() -> RunConfig:

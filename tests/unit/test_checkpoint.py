@@ -105,3 +105,16 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
     torch.save(saved, path)
     with pytest.raises(CheckpointError, match="does not fit this model.*predictor.mlp.0.weight"):
         checkpoint.restore(new_state(), path)
+
+
+def test_a_scale_for_other_numbers_is_not_taken_over(tmp_path: Path):
+    path, resumed = checkpoint.save(new_state(), tmp_path), new_state()
+    resumed.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)  # as in a run that goes on in fp16
+    checkpoint.restore(resumed, path)
+    assert (resumed.scaler.get_scale(), resumed.scaler.get_growth_interval()) == (2.0**16, 2000)
+
+
+def test_the_exported_backbone_says_what_it_is(tmp_path: Path):
+    state = new_state("dino_mini")
+    metadata = checkpoint.description(state)
+    assert {k: metadata[k] for k in ("method", "network", "mean")} == {"method": "dino", "network": "target", "mean": "0.485 0.456 0.406"}

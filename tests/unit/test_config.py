@@ -214,3 +214,22 @@ def test_a_learning_rate_that_rises_is_warned_about():
 def test_every_optimizer_is_saved(optim):
     cfg = dataclasses.replace(PRESETS["byol_mini"](), optim=optim)
     assert from_dict(json.loads(json.dumps(to_dict(cfg))), cfg) == cfg
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--preset", "simclr_mini", "--method.temperature", "0"], "--method.temperature 0.0 must be positive"),
+        (["--preset", "auh_mini", "--method.scale", "-1"], "--method.scale -1.0 must be positive"),
+        (["--preset", "lewel_m_mini", "--model.arch", "vit_tiny_patch8"], "take a ResNet"),
+        (["--preset", "lewel_mini", "--model.arch", "vit_tiny_patch8"], "take a ResNet"),
+        (["--preset", "sfrik_mini", "--model.norm", "eman"], "Take one of local, sync"),
+        (["--preset", "dino_mini", "--model.norm", "eman"], "Take one of local, sync"),
+        (["--preset", "byol_mini", "--train.accumulation-steps", "0"], "must be at least 1"),
+        (["--preset", "sfrik_r18_100ep_in20", "--train.epochs", "10"], "--optim.warmup-epochs 10 must be"),
+    ],
+)
+def test_what_could_only_fail_later_is_refused_first(flags: list[str], says: str):
+    cfg, _ = cli.parse_cli(flags)
+    with pytest.raises(ConfigError, match=says):
+        cli.check(cfg, 1)

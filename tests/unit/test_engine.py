@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl import checkpoint
-from fastssl.config import AdamW, BarlowLars, ConfigError, EfficiencyConfig, Lars, ModelConfig, OptimConfig, RunConfig, Sgd, TrainConfig
+from fastssl.config import AdamW, BarlowLars, EfficiencyConfig, Lars, ModelConfig, OptimConfig, RunConfig, Sgd, TrainConfig
 from fastssl.distributed import Dist
 from fastssl.ema import Ema, frozen_copy
 from fastssl.engine import prepare, resolve_dtype, train_step
@@ -230,12 +230,6 @@ def test_eman_target_stays_in_eval_mode():
     method = BYOL(BYOL.Config(hidden=8, dim=4), lambda: ToyBackbone(2, 4), "eman")
     assert method.train().target.training is False and method.online.training
     assert BYOL(BYOL.Config(hidden=8, dim=4), lambda: ToyBackbone(2, 4), "local").train().target.training
-
-
-def test_warmup_must_end_before_training():
-    cfg = dataclasses.replace(config(), optim=Lars(base_lr=1.0, warmup_epochs=4))
-    with pytest.raises(ConfigError, match="warmup-epochs"):
-        prepare(Regression(), cfg, ALONE, 2)
 
 
 def test_dtype_by_device():

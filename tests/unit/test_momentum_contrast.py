@@ -314,3 +314,11 @@ def test_other_views_are_refused():
     for name in ("mocov2", "lewel_m"):
         with pytest.raises(ConfigError, match="two views"):
             METHODS[name].check_views(dino())
+
+
+def test_a_skipped_step_leaves_the_oldest_keys():
+    queue = Queue(4, 2)
+    before = queue.rows.clone()
+    queue.enqueue(torch.tensor([[1.0, 0.0], [float("nan"), 0.0]]))
+    assert torch.equal(queue.rows, torch.stack((torch.tensor([1.0, 0.0]), *before[1:])))
+    assert queue.pointer == 2

@@ -71,7 +71,9 @@ def test_names_shapes_and_heads_are_timms(arch):
     assert (vit.num_features, vit.grid) == (reference.num_features, 224 // patch)
 
 
-@pytest.mark.parametrize(("arch", "parameters"), [("vit_small_patch16", 21_665_664), ("vit_base_patch16", 85_798_656)])
+@pytest.mark.parametrize(
+    ("arch", "parameters"), [("vit_small_patch16", 21_665_664), ("vit_base_patch16", 85_798_656), ("vit_large_patch16", 303_301_632)]
+)
 def test_published_numbers_of_parameters(arch, parameters):
     with torch.device("meta"):
         assert sum(p.numel() for p in build_backbone(arch).parameters()) == parameters

@@ -52,6 +52,12 @@ def test_safetensors(tmp_path):
     backbone, about = load_backbone(str(path))
     assert same(backbone, weights(3))
     assert (about["arch"], about["step"], about["dropped"]) == ("resnet18", 12, {})
+    said = {"network": "target", "method": "dino", "mean": "0.5 0.4 0.3", "std": "0.2 0.2 0.1"}
+    save_file(weights(3), path, metadata={"arch": "resnet18", **said})
+    _, about = load_backbone(str(path), network="target")
+    assert (about["network"], about["method"], about["normalisation"]["mean"]) == ("target", "dino", (0.5, 0.4, 0.3))
+    with pytest.raises(CheckpointError, match="holds the target network only"):
+        load_backbone(str(path), network="online")
 
 
 @pytest.mark.parametrize("file", ["backbone.safetensors", "checkpoint_last.pt"])
