@@ -56,6 +56,7 @@ def load_backbone(checkpoint: str, *, arch: str | None = None, network: Network 
         about["step"] = int(metadata["step"]) if "step" in metadata else None
         if held:
             about["network"] = held
+        if "mean" in metadata:
             about["normalisation"] = {name: tuple(map(float, metadata[name].split())) for name in ("mean", "std")}
         named = metadata.get("arch")
     about["arch"] = _architecture(path, state, arch, named)

@@ -26,7 +26,7 @@ class Kind:
     def __init__(self, reproduce: Callable[[Arrays], Arrays], inputs: tuple[str, ...]):
         self._reproduce = reproduce
         self._is_input = re.compile("|".join(map(translate, (*inputs, "kind")))).match
-        self._done: tuple[str, Arrays] | None = None
+        self._done: dict[str, Arrays] = {}
 
     def outputs(self, arrays: Arrays) -> list[str]:
         return [k for k in arrays if not self._is_input(k)]
@@ -49,9 +49,10 @@ class Kind:
         digest = hashlib.sha256()
         for name in sorted(set(arrays) - floats):
             digest.update(name.encode() + str(arrays[name].dtype).encode() + np.ascontiguousarray(arrays[name]).tobytes())
-        if self._done is None or self._done[0] != digest.hexdigest():
-            self._done = (digest.hexdigest(), self._reproduce(arrays))
-        return self._done[1]
+        key = digest.hexdigest()
+        if key not in self._done:
+            self._done[key] = self._reproduce(arrays)
+        return self._done[key]
 
 
 class Checked(Kind):

@@ -350,6 +350,7 @@ def test_no_thread_outlives_its_consumer(data, leave):
     assert not ring_threads()
 
 
+@pytest.mark.slow
 def test_the_interpreter_ends_with_loaders_running(data):
     script = (
         "import sys; sys.path.insert(0, sys.argv[2]); import torch\n"

@@ -24,7 +24,7 @@ def losses(log: Path) -> dict[int, float]:
 @pytest.mark.parametrize(
     ("preset", "ranks"),
     [
-        ("lewel_mini", 1),
+        pytest.param("lewel_mini", 1, marks=pytest.mark.slow),
         pytest.param("byol_mini", 2, marks=pytest.mark.slow),
         pytest.param("lewel_mini", 2, marks=pytest.mark.slow),
         pytest.param("dino_vit_mini", 2, marks=pytest.mark.slow),

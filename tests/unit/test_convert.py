@@ -12,6 +12,7 @@ import tarfile
 import time
 import zlib
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -540,7 +541,8 @@ def test_interrupted_conversion_leaves_nothing(tmp_path, stop, code):
         (folder / "cat" / f"{i}.jpg").symlink_to("0.jpg")
     out = tmp_path / "out"
     command = [sys.executable, "-m", "convert.imagenet", "--source", str(folder), "--out", str(out), "--workers", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs the tests in the background may have it ignored
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
     deadline = time.monotonic() + 150
     while not (out / "train.beton.partial").exists() or (out / "train.beton.partial").stat().st_size < 9 << 20:
         assert process.poll() is None and time.monotonic() < deadline

@@ -174,6 +174,7 @@ def train_frozen(rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
     return out
 
 
+@pytest.mark.slow
 def test_two_ranks_with_a_frozen_layer_are_one():
     """DDP's bucket views and static graph (which accumulation switches off) go on where a gradient was dropped."""
     one = train_frozen(0, 1)

@@ -23,6 +23,8 @@ from fastssl.models.backbones import build_backbone
 from fastssl.models.features import Backbone
 from fastssl.models.weights import load_backbone
 
+pytestmark = pytest.mark.slow
+
 SIZE = 32
 """Pixels a side of the images, and of the ViTs' tables."""
 

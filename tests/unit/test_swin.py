@@ -25,6 +25,8 @@ from fastssl.views import Mask
 from tests.golden.dino_family import grouped
 from tests.unit.test_engine import NoHostReads
 
+pytestmark = pytest.mark.slow
+
 SMALL = dict(dim=12, depths=(2, 2, 2, 2), heads=(1, 2, 3, 4), window=4, image_size=64)
 
 
