@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fastssl.distributed import Dist
@@ -21,6 +22,7 @@ def train(rank: int, world: int, accumulation: int) -> dict[str, torch.Tensor]:
     return state.method.state_dict()
 
 
+@pytest.mark.slow
 def test_two_ranks_with_two_micro_batches():
     whole = train(0, 1, 1)
     for rank in run_ranks(2, train, 2):

@@ -102,7 +102,7 @@ def on_ranks(rank: int, world: int) -> dict:
 TRAINED = ((2, "global"), (4, "global"), (2, "rank"))
 
 
-@pytest.fixture(scope="module", params=[2, FOUR])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), FOUR])
 def ranks(request) -> list[dict]:
     return run_ranks(request.param, on_ranks)
 
