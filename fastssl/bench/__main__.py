@@ -10,7 +10,7 @@ import tyro
 
 from loaders.errors import DataError
 
-BENCHES = ("augment", "gram", "knn", "loader")
+BENCHES = ("augment", "gram", "knn", "loader", "montage")
 """Modules with a function `bench`.  Only the one that is asked for is imported: no bench needs what another one measures."""
 
 
