@@ -1,4 +1,4 @@
-"""Compile the augmentation's kernels for a compute capability, without a GPU:  python -m tests.compile_kernels 90
+"""Compile the augmentation's and the optimizers' kernels for a compute capability, without a GPU:  python -m tests.compile_kernels 90
 
 Prints the registers and spilled bytes of a thread: what to look at before a change of tile sizes is timed on a GPU.
 """
@@ -11,22 +11,24 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastssl.augment import fused
 from fastssl.augment.fused.draws import SAMPLES, draw_kernel
+from fastssl.optim import scale_kernel
 
 # Types of the kernels' arguments, in the names they share.
 TYPES = {
     "*bf16": "out",
     "*u16": "mid",
     "*u8": "pixels",
-    "*i64": "offset order orders index",
+    "*i64": "offset order orders index addresses sizes owners starts",
     "*i32": "pitch height width",
     "*i1": "flips bicubic whole jitter grey solarize",
-    "*fp32": "sums boxes brightness contrast saturation hue sigma mean std table",
+    "*fp32": "sums boxes brightness contrast saturation hue sigma mean std table factors",
     "*fp64": "limits",
     "i32": "batch all_views first_view seed epoch",
 }
@@ -40,6 +42,7 @@ KERNELS = (
     (fused.weights_kernel, {"SIZE": 224, "TAPS": 16, "LINES": fused.LINES}),
     (fused.blur_kernel, {**VIEWS, **TILES, "TAPS": 16}),
     (draw_kernel, {"STREAM": 2, "LIMITS": 14, "BLOCK": SAMPLES}),
+    (scale_kernel.scale_kernel, {"DTYPE": scale_kernel.DTYPES[torch.float32], "BLOCK": scale_kernel.BLOCK}),
 )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastssl.optim.scale import scale_each_
+
 
 @torch.no_grad()
 def clip_each_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -16,5 +18,5 @@ def clip_each_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
-    torch._foreach_mul_(grads, list((max_norm / (norms + 1e-6)).clamp(max=1.0).unbind()))
+    scale_each_(grads, (max_norm / (norms + 1e-6)).clamp(max=1.0))
     return norms

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastssl.optim.scale import scale_each_
+
 
 class _Lars(torch.optim.Optimizer):
     """buf <- mu buf + d;  w <- w - lr buf, where the direction d of each form is made from w and its gradient.
@@ -66,7 +68,7 @@ class LARS(_Lars):
             denominator = g_norm + wd * w_norm
             ratio = torch.where(denominator > 0, group["eta"] * w_norm / denominator, 0.0) * group["lr"]
             torch._foreach_add_(grads, params, alpha=wd)
-            torch._foreach_mul_(grads, list(ratio.unbind()))
+            scale_each_(grads, ratio)
         return 1.0
 
 
@@ -82,5 +84,5 @@ class BarlowLARS(_Lars):
             torch._foreach_add_(grads, params, alpha=group["weight_decay"])
             w_norm, d_norm = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
             ratio = torch.where((w_norm > 0) & (d_norm > 0), group["eta"] * w_norm / d_norm, 1.0)
-            torch._foreach_mul_(grads, list(ratio.unbind()))
+            scale_each_(grads, ratio)
         return group["lr"]

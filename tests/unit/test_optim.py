@@ -62,6 +62,23 @@ def test_clipping_does_not_repair_a_bad_gradient(bad: float):
     assert not p.grad.isfinite().all()
 
 
+def test_the_kernel_multiplies_each_tensor_by_its_own_factor(monkeypatch):
+    """Interpreted where there is no GPU: sizes below, at and above a program's, of other orders in memory, and none at all."""
+    if torch.cuda.is_available():
+        pytest.skip("with CUDA the kernel is compiled: tests/gpu")
+    scale_kernel = pytest.importorskip("fastssl.optim.scale_kernel", reason="needs Triton")
+    monkeypatch.setattr(scale_kernel, "BLOCK", 16)
+    for dtype in (torch.float32, torch.float64):
+        tensors = [torch.randn(shape, dtype=dtype) for shape in ((3,), (4, 4), (5, 7), (0,), (2, 3, 2, 2), (1, 1))]
+        tensors[4] = tensors[4].to(memory_format=torch.channels_last)
+        factors = torch.tensor([2.0, math.nan, -0.3, 1.0, 0.0, 7.0], dtype=dtype)
+        expected = [t * f for t, f in zip(tensors, factors, strict=True)]
+        scale_kernel.launch(tensors, factors)
+        torch.testing.assert_close(tensors, expected, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(ValueError, match="fp32"):
+        scale_kernel.launch(tensors, factors.float())
+
+
 # ------------------------------------------------------------------------------------------------ groups
 
 
