@@ -22,8 +22,7 @@ from fastssl.augment.augmenter import Augmenter
 from fastssl.config import ConfigError, RunConfig
 from fastssl.distributed import Dist, session
 from fastssl.engine import State, compiles, fit, prepare
-from fastssl.methods import METHODS
-from fastssl.models.backbones import build_backbone
+from fastssl.methods import build_method
 from loaders.build import build_loader
 from loaders.errors import DataError
 from loaders.open import has_split
@@ -41,11 +40,16 @@ def main() -> None:
         print(cli.describe(cfg, world))
         return
     with session() as dist:
+        if cfg.efficiency.find_batch:
+            from fastssl.bench.find_batch import find_batch  # no other run needs what measures
+
+            find_batch(cfg, dist, log.info)
+            return
         train(cfg, dist)
 
 
 def train(cfg: RunConfig, dist: Dist) -> State:
-    e, m, t = cfg.efficiency, cfg.model, cfg.train
+    e, t = cfg.efficiency, cfg.train
     loader = build_loader(
         cfg.data.path,
         "train",
@@ -64,10 +68,7 @@ def train(cfg: RunConfig, dist: Dist) -> State:
     cli.check_last_batch(loader.smallest_batch)
     folder, resume = runs.open_run(cfg, dist)
     torch.manual_seed(t.seed)
-    options = {"image_size": m.image_size, "drop_path": m.drop_path, "layer_scale": m.layer_scale}
-    backbone = partial(build_backbone, m.arch, **options, zero_init_residual=m.zero_init_residual)
-    method = METHODS[cfg.method.name](cfg.method, backbone, m.norm)
-    state = prepare(method, cfg, dist, loader.steps_per_epoch)
+    state = prepare(build_method(cfg), cfg, dist, loader.steps_per_epoch)
     checkpoint.check_free_space(state, folder)
     if resume:
         checkpoint.restore(state, resume)
@@ -96,7 +97,7 @@ def train(cfg: RunConfig, dist: Dist) -> State:
 
 
 def build_hooks(cfg: RunConfig, dist: Dist, folder: Path, dtype: torch.dtype, *, labelled: bool) -> list[hooks.Hook]:
-    """In the order they run: evaluation before the checkpoint, pictures last."""
+    """In the order they run: evaluation before the checkpoint, and what they all left behind is collected last."""
     progress = hooks.Progress(folder)
     chosen: list[hooks.Hook] = [hooks.Preemption(), progress, hooks.NonFinite(folder, max_bad_steps=cfg.train.max_bad_steps)]
     chosen.append(hooks.CollapseAlarm())
@@ -121,6 +122,7 @@ def build_hooks(cfg: RunConfig, dist: Dist, folder: Path, dtype: torch.dtype, *,
     chosen.append(hooks.Checkpointer(folder, every_epochs=cfg.log.checkpoint_every_epochs, keep_every=cfg.log.keep_every))
     if cfg.log.pictures:
         chosen.append(hooks.Pictures(folder))
+    chosen.append(hooks.GarbageCollection())
     return chosen
 
 

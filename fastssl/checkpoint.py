@@ -54,6 +54,7 @@ def contents(state: State) -> dict:
         "target_backbone_prefix": method.target_backbone_prefix,
         "evaluated": method.evaluated,
         "model": method.state_dict(),
+        "optim": type(state.cfg.optim).__name__,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "metrics": state.metrics.state_dict(),
@@ -156,8 +157,30 @@ def load_weights(method: torch.nn.Module, saved: dict, path: Path) -> None:
         ) from error
 
 
+def load_optimizer(state: State, saved: dict, path: Path) -> None:
+    """The saved state of every parameter, by its name; groups, momentum, decay and betas are those of this run's flags."""
+    ours = type(state.cfg.optim).__name__
+    if saved.get("optim", ours) != ours:  # checkpoints of before this key had the preset's optimizer
+        raise CheckpointError(
+            f"{path} was written by a run with {saved['optim']}, this one has {ours}. Resume it with --preset {saved['preset']}, or start "
+            f"a new run from its weights with --train.init-from."
+        )
+    groups = saved["optimizer"]["param_groups"]
+    index = {name: i for group in groups for name, i in zip(group["names"], group["params"], strict=True)}
+    now = state.optimizer.state_dict()["param_groups"]
+    different = {name for group in now for name in group["names"]} ^ set(index)
+    if different:
+        raise CheckpointError(
+            f"{path} was written by a run that trained other parameters ({min(different)}): use its method and model flags, or start a new "
+            f"run from its weights with --train.init-from."
+        )
+    found = saved["optimizer"]["state"]
+    pairs = [(i, index[name]) for group in now for name, i in zip(group["names"], group["params"], strict=True)]
+    state.optimizer.load_state_dict({"state": {i: found[old] for i, old in pairs if old in found}, "param_groups": now})
+
+
 def restore(state: State, path: Path) -> None:
-    """Continue exactly where `path` was written."""
+    """Continue exactly where `path` was written.  Flags that were changed since are those of the rest of the run."""
     saved = load(path)
     check_method(saved, path, state.cfg.method.name)
     if saved["steps_per_epoch"] != state.steps_per_epoch:
@@ -166,7 +189,7 @@ def restore(state: State, path: Path) -> None:
             f"--train.global-batch-size differ. Resume with the same data and batch, or use --train.init-from for a new run."
         )
     load_weights(state.method, saved, path)
-    state.optimizer.load_state_dict(saved["optimizer"])
+    load_optimizer(state, saved, path)
     if saved["scaler"].get("growth_interval") == state.scaler.get_growth_interval():
         state.scaler.load_state_dict(saved["scaler"])  # one of bf16 or fp32 says nothing about the scale that fp16 needs
     state.metrics.load_state_dict(saved["metrics"], state.dist.device)

@@ -198,6 +198,11 @@ class EfficiencyConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the method's forward; auto: on with CUDA, off on a CPU (where it gains nothing)."""
     channels_last: bool = True
+    checkpointing: Literal["off", "stages"] = "off"
+    """stages: of what a backbone computes, only what enters each stage of a ResNet or Swin, or block of a ViT, is kept for the backward
+    pass, which computes the rest again: less memory, about a third more computation of the online network."""
+    find_batch: bool = False
+    """Look for the largest batch that this GPU's memory holds, print it and stop. Each size that is tried is compiled anew."""
     loader: Literal["auto", "ffcv", "dali", "torchvision", "torchvision_cuda", "folder"] = "auto"
     """Decoder; auto: the first usable of ffcv, dali, torchvision for stored data, folder for folders."""
     workers: int = 0

@@ -22,6 +22,7 @@ from fastssl.config import ConfigError, RunConfig
 from fastssl.distributed import Dist
 from fastssl.method import Method, StepOutput
 from fastssl.metrics import Metrics, Record
+from fastssl.models.features import Backbone
 from fastssl.models.norm import broadcast_running_statistics
 from fastssl.optim.build import build_optimizer, build_schedules, set_scalars
 from fastssl.optim.clip import clip_each_
@@ -75,6 +76,8 @@ class State:
     schedules: Schedules
     dtype: torch.dtype
     steps_per_epoch: int
+    compiled: bool = False
+    """Whether the first steps compile."""
     step: int = 0
     """Optimizer steps done."""
     metrics: Metrics = field(default_factory=Metrics)
@@ -104,11 +107,17 @@ def prepare(method: Method, cfg: RunConfig, dist: Dist, steps_per_epoch: int) ->
         method.to(memory_format=torch.channels_last)
     method.train()
     method.global_batch_size = cfg.train.global_batch_size
+    recompute = cfg.efficiency.checkpointing == "stages"
+    for backbone in (m for m in method.modules() if isinstance(m, Backbone)):
+        backbone.recompute = recompute
     optimizer = build_optimizer(method, cfg)
-    if compiles(cfg, dist.device):
+    compiled = compiles(cfg, dist.device)
+    if compiled:
         # In place and before DDP: state-dict keys stay clean.  One graph per batch length, the full one and a kept last one;
         # with several ranks Dynamo cuts it at DDP's buckets, which are exchanged while the rest is computed.
         method.compile(dynamic=False)
+        if recompute:
+            torch._dynamo.config.optimize_ddp = False  # torch 2.7 cannot cut a graph that recomputes parts
     model: nn.Module = method
     if dist.world > 1:
         # Buffers are not synchronised: the one policy that needs rank 0's statistics has its own flat broadcast.
@@ -124,7 +133,7 @@ def prepare(method: Method, cfg: RunConfig, dist: Dist, steps_per_epoch: int) ->
     fp16 = dtype is torch.float16
     scaler = torch.amp.GradScaler(dist.device.type, init_scale=2.0**16 if fp16 else 1.0, growth_interval=2000 if fp16 else 2**31 - 1)
     schedules = build_schedules(cfg, steps_per_epoch)
-    return State(cfg, dist, method, model, optimizer, scaler, schedules, dtype, steps_per_epoch)
+    return State(cfg, dist, method, model, optimizer, scaler, schedules, dtype, steps_per_epoch, compiled)
 
 
 def train_step(state: State, micro_batches: Sequence[Views] | Iterator[Views]) -> StepOutput:

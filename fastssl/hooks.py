@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import signal
 import sys
 import time
@@ -42,10 +44,12 @@ class Progress(Hook):
         self.folder = folder
         self.bar: tqdm | None = None
         self.runlog: RunLog | None = None
+        self.started: float | None = None
 
     def start(self, state: State) -> None:
         if not state.dist.is_main:
             return
+        self.started = time.perf_counter()
         self.runlog = RunLog(self.folder, from_step=state.step)
         if sys.stderr.isatty():
             self.bar = tqdm(total=state.total_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.05)
@@ -58,6 +62,11 @@ class Progress(Hook):
     def after_step(self, state: State) -> None:
         if not state.dist.is_main:
             return
+        if self.started is not None:  # the host compiles before it returns from the first step: no synchronisation is needed here
+            seconds, self.started = time.perf_counter() - self.started, None
+            if state.compiled:
+                folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "a temporary folder; TORCHINDUCTOR_CACHE_DIR sets one that stays")
+                log.info(f"first step after {seconds:.0f} s, most of it compilation; kernels are kept in {folder}")
         if self.bar is not None:
             self.bar.update()
         if state.record is None:
@@ -110,7 +119,8 @@ class Checkpointer(Hook):
 
 
 class NonFinite(Hook):
-    """Ends a run whose gradients stay non-finite, leaving bad_step.pt (state and the batch's ids) for inspection."""
+    """Ends a run whose gradients stay non-finite, leaving bad_step.pt for inspection: the main rank's state, and `index`, the ids of
+    every rank's last images.  All ranks see the same gradients, and end together."""
 
     def __init__(self, folder: Path, *, max_bad_steps: int):
         self.folder, self.max_bad_steps = folder, max_bad_steps
@@ -124,13 +134,36 @@ class NonFinite(Hook):
             log.warning(f"step {state.step}: {skipped - self.counted:.0f} steps with non-finite gradients were skipped since the last line")
         self.counted = skipped
         if bad_run >= self.max_bad_steps:
-            dump = self.folder / f"bad_step_rank{state.dist.rank}.pt"
-            checkpoint.atomic_save({**checkpoint.contents(state), "index": state.images.index.cpu()}, dump)
+            dump, index = self.folder / "bad_step.pt", state.dist.gather_objects(state.images.index.cpu())
+            if state.dist.is_main:
+                checkpoint.atomic_save({**checkpoint.contents(state), "index": index}, dump)
+            state.dist.barrier()  # a launcher ends all ranks with the first
             raise Diverged(
                 f"The last {bad_run:.0f} steps had non-finite gradients; training stopped at step {state.step}. State and sample ids "
                 f"are in {dump}. Lower --optim.base-lr, lengthen --optim.warmup-epochs or take --efficiency.dtype bf16, and continue "
                 f"from the last checkpoint with --train.resume auto."
             )
+
+
+class GarbageCollection(Hook):
+    """Python's collector runs at epoch ends and every `every_steps`, on all ranks in the same step, instead of whenever one has made enough
+    objects: the others would wait for it.  What exists at the start is never looked at again."""
+
+    def __init__(self, *, every_steps: int = 1000):
+        self.every_steps = every_steps
+
+    def start(self, state: State) -> None:
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+
+    def after_step(self, state: State) -> None:
+        if state.at_epoch_end or state.step % self.every_steps == 0:
+            gc.collect()
+
+    def close(self) -> None:
+        gc.enable()
+        gc.unfreeze()
 
 
 class CollapseAlarm(Hook):

@@ -1,5 +1,8 @@
 """One paper per file; METHODS is the only list of them."""
 
+from functools import partial
+
+from fastssl.config import RunConfig
 from fastssl.method import Method
 from fastssl.methods.auh import AUH
 from fastssl.methods.byol import BYOL
@@ -15,6 +18,7 @@ from fastssl.methods.sfrik import SFRIK
 from fastssl.methods.simclr import SimCLR
 from fastssl.methods.vicreg import VICReg
 from fastssl.methods.w2ssl import W2SSL
+from fastssl.models.backbones import build_backbone
 
 METHODS: dict[str, type[Method]] = {
     "auh": AUH,
@@ -32,3 +36,11 @@ METHODS: dict[str, type[Method]] = {
     "vicreg": VICReg,
     "w2ssl": W2SSL,
 }
+
+
+def build_method(cfg: RunConfig) -> Method:
+    """The configured method with freshly initialised networks (torch's global generator)."""
+    m = cfg.model
+    options = {"image_size": m.image_size, "drop_path": m.drop_path, "layer_scale": m.layer_scale}
+    backbone = partial(build_backbone, m.arch, **options, zero_init_residual=m.zero_init_residual)
+    return METHODS[cfg.method.name](cfg.method, backbone, m.norm)

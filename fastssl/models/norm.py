@@ -1,30 +1,30 @@
 """BatchNorm policies: `local`, `sync` and `eman` (config.ModelConfig.norm); `shuffle` is local here, see shuffle.py.
 
 SyncBatchNorm is ours because torch.nn.SyncBatchNorm refuses CPU tensors and breaks compiled graphs.  One collective in the
-forward pass (every rank's mean, sum of squared deviations and count), one in the backward pass (two sums), both functional,
-so that it compiles without a graph break and runs on gloo.
+forward pass (every rank's mean, variance and count), one in the backward pass (two sums), both functional
+(losses/collectives.py), so that it compiles without a graph break and runs on gloo.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
+
+from fastssl.losses.collectives import gathered, total, world_size
 
 
 class _SyncNorm(torch.autograd.Function):
     """x [N, C, *], weight, bias [C] -> normalised x, mean [C], variance [C] (biased), count; statistics over all ranks."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, group):
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float):
         dims = [0, *range(2, x.dim())]
         wide = torch.promote_types(x.dtype, torch.float32)
         local_var, local_mean = torch.var_mean(x.to(wide), dims, correction=0)
         local_count = torch.full((1,), x.numel() // x.shape[1], dtype=wide, device=x.device)
         packed = torch.cat((local_mean, local_var, local_count)).unsqueeze(0)
-        ranks = funcol.wait_tensor(funcol.all_gather_tensor(packed, 0, group))
-        means, variances, counts = ranks.split((x.shape[1], x.shape[1], 1), dim=1)
+        means, variances, counts = gathered(packed).split((x.shape[1], x.shape[1], 1), dim=1)
         # Merging means and deviations keeps the precision that sums of squares lose when |mean| >> std.
         count = counts.sum()
         mean = (means * counts).sum(0) / count
@@ -37,7 +37,7 @@ class _SyncNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, _, ctx.group = inputs
+        x, weight, _, _ = inputs
         _, mean, var, inv_std, count = output
         ctx.mark_non_differentiable(mean, var, inv_std, count)
         ctx.save_for_backward(x, weight, mean, inv_std, count)
@@ -50,11 +50,10 @@ class _SyncNorm(torch.autograd.Function):
         wide = mean.dtype
         grad_y, x_hat = grad_y.to(wide), (x.to(wide) - mean.view(shape)) * inv_std.view(shape)
         grad_bias, grad_weight = grad_y.sum(dims), (grad_y * x_hat).sum(dims)
-        total = funcol.wait_tensor(funcol.all_reduce(torch.cat((grad_bias, grad_weight)), "sum", ctx.group)) / count
-        mean_grad, mean_grad_x_hat = total.chunk(2)
+        mean_grad, mean_grad_x_hat = (total(torch.cat((grad_bias, grad_weight))) / count).chunk(2)
         grad_x = grad_y - mean_grad.view(shape) - x_hat * mean_grad_x_hat.view(shape)
         grad_x = (grad_x * (weight * inv_std).view(shape)).to(x.dtype)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -65,13 +64,14 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"SyncBatchNorm takes [N, C, *], got {tuple(input.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+        if not self.training or world_size() == 1:
             return super().forward(x)
         self._check_input_dim(x)
         weight, bias = (self.weight, self.bias) if self.affine else (torch.ones_like(self.running_var), torch.zeros_like(self.running_mean))
-        y, mean, var, _, count = _SyncNorm.apply(x, weight, bias, self.eps, dist.group.WORLD)
+        y, mean, var, _, count = _SyncNorm.apply(x, weight, bias, self.eps)
         with torch.no_grad():
-            self.num_batches_tracked.add_(1)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
         return y

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.models import resnet as torchvision_resnet
 
 from fastssl.models.features import Backbone, Features
+from fastssl.models.small_maps import with_small_maps
 
 
 class ResNet(Backbone, torchvision_resnet.ResNet):
@@ -23,11 +24,12 @@ class ResNet(Backbone, torchvision_resnet.ResNet):
         d = self.num_features
         self.stage_channels = {"layer2": d // 4, "layer3": d // 2, "layer4": d}
         del self.fc, self.avgpool
+        with_small_maps(self)
 
     def forward(self, x: Tensor) -> Features:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        layer2 = self.layer2(self.layer1(x))
-        layer3 = self.layer3(layer2)
-        layer4 = self.layer4(layer3)
+        layer2 = self.run(self.layer2, self.run(self.layer1, x))
+        layer3 = self.run(self.layer3, layer2)
+        layer4 = self.run(self.layer4, layer3)
         stages = {"layer2": layer2, "layer3": layer3, "layer4": layer4}
         return Features(pooled=layer4.mean((2, 3)), map=layer4, stages=stages)

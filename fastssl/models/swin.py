@@ -75,7 +75,9 @@ class Swin(Backbone):
             times = STRIDE // PATCH_SIZE
             hidden = mask.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
             x = torch.where(hidden.unsqueeze(-1), masked_embed, x)
-        x = self.layers(x).flatten(1, 2)
+        for layer in self.layers:
+            x = self.run(layer, x)
+        x = x.flatten(1, 2)
         y = self.norm(x)
         return Features(pooled=y.mean(1), tokens=y, unnormed=x)
 

@@ -74,7 +74,7 @@ class ViT(Backbone):
             raise ValueError(f"last_blocks takes 1 to {len(self.blocks)} blocks, got {n}")
         x, outputs = self.embed(x, mask, masked_embed), []
         for i, block in enumerate(self.blocks, start=1):
-            x = block(x)
+            x = self.run(block, x)
             if i > len(self.blocks) - n:
                 y = self.norm(x)
                 outputs.append(Features(pooled=y[:, 0], tokens=y[:, 1:], unnormed=x[:, 1:]))

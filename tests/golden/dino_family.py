@@ -15,7 +15,7 @@ from fastssl.distributed import Dist
 from fastssl.engine import prepare, train_step
 from fastssl.methods.dino import DINO, DistillationConfig, MultiCrop, SelfDistillation
 from fastssl.methods.scfs import SCFS, STAGES
-from fastssl.models.features import Features
+from fastssl.models.features import Backbone, Features
 from fastssl.models.stage_heads import feature_search
 from fastssl.models.vit import ViT
 from fastssl.optim.schedules import Sched
@@ -27,7 +27,7 @@ from tests.golden.vit_family import vit_name
 ALONE = Dist(0, 1, 0, 1, torch.device("cpu"))
 
 
-class TinyConv(nn.Module):
+class TinyConv(Backbone):
     """Four stages of conv 3x3 /2 - BN - ReLU; the feature is the mean of the last."""
 
     def __init__(self, widths: Sequence[int]):
@@ -38,9 +38,9 @@ class TinyConv(nn.Module):
         self.num_features, self.stage_channels = widths[-1], dict(zip(STAGES, widths[1:], strict=True))
 
     def forward(self, x: Tensor) -> Features:
-        x, stages = self.stem(x), {}
+        x, stages = self.run(self.stem, x), {}
         for name in STAGES:
-            stages[name] = x = self.get_submodule(name)(x)
+            stages[name] = x = self.run(self.get_submodule(name), x)
         return Features(pooled=x.mean((2, 3)), map=x, stages=stages)
 
 

@@ -35,12 +35,16 @@ def with_geometry(views: Views, spec: ViewSpec, ids: np.ndarray) -> Views:
     return dataclasses.replace(views, boxes=boxes, flips=flips, **masked)
 
 
-@pytest.mark.parametrize("compile", ["off", "on"])
-@pytest.mark.parametrize("preset", ["byol_mini", "lewel_mini", "dino_mini", "dino_vit_mini", "scfs_mini", "ibot_mini", "sere_mini"])
-def test_steps_neither_synchronise_nor_compile_again(preset: str, compile: str, monkeypatch):
+MINI = ("byol_mini", "lewel_mini", "dino_mini", "dino_vit_mini", "scfs_mini", "ibot_mini", "sere_mini")
+CASES = [(preset, compile, "off") for preset in MINI for compile in ("off", "on")]
+CASES += [(preset, compile, "stages") for preset in ("lewel_mini", "dino_vit_mini") for compile in ("off", "on")]
+
+
+@pytest.mark.parametrize(("preset", "compile", "checkpointing"), CASES)
+def test_steps_neither_synchronise_nor_compile_again(preset: str, compile: str, checkpointing: str, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(batch, "MASKED_CHUNK", 32)  # so that the number of listed patches changes from step to step
-    cfg = dataclasses.replace(PRESETS[preset](), efficiency=EfficiencyConfig(dtype="auto", compile=compile))
+    cfg = dataclasses.replace(PRESETS[preset](), efficiency=EfficiencyConfig(compile=compile, checkpointing=checkpointing))
     m = cfg.model
     torch.manual_seed(0)
     method = METHODS[cfg.method.name](

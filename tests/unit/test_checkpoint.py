@@ -10,7 +10,7 @@ import torch
 
 from fastssl import checkpoint
 from fastssl.checkpoint import CheckpointError
-from fastssl.config import EfficiencyConfig
+from fastssl.config import AdamW, EfficiencyConfig, Lars, OptimConfig, Sgd
 from fastssl.distributed import Dist
 from fastssl.engine import State, prepare, train_step
 from fastssl.methods import METHODS
@@ -18,8 +18,9 @@ from fastssl.presets import PRESETS
 from tests.golden.toy import ToyBackbone, two_views
 
 
-def new_state(preset: str = "byol_mini", steps_per_epoch: int = 3) -> State:
+def new_state(preset: str = "byol_mini", steps_per_epoch: int = 3, optim: OptimConfig | None = None) -> State:
     cfg = dataclasses.replace(PRESETS[preset](), efficiency=EfficiencyConfig(dtype="fp64", compile="off"))
+    cfg = dataclasses.replace(cfg, optim=optim or cfg.optim)
     torch.manual_seed(0)
     method = METHODS[cfg.method.name](cfg.method, lambda: ToyBackbone(4, 8), cfg.model.norm)
     return prepare(method, cfg, Dist(0, 1, 0, 1, torch.device("cpu")), steps_per_epoch)
@@ -104,6 +105,39 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
     del saved["model"]["predictor.mlp.0.weight"]
     torch.save(saved, path)
     with pytest.raises(CheckpointError, match="does not fit this model.*predictor.mlp.0.weight"):
+        checkpoint.restore(new_state(), path)
+
+
+@pytest.mark.parametrize(
+    ("optim", "changed"),
+    [
+        (Lars(base_lr=0.1), {"sgd_momentum": 0.3, "exclude": ("bias",)}),  # BatchNorm moves into the adapted group
+        (AdamW(base_lr=0.1), {"betas": (0.5, 0.6), "eps": 1e-5}),
+    ],
+    ids=["lars", "adamw"],
+)
+def test_optimizer_flags_of_the_resuming_run_hold(optim: OptimConfig, changed: dict, tmp_path: Path):
+    state = new_state(optim=optim)
+    step(state)
+    resumed = new_state(optim=dataclasses.replace(optim, **changed))
+    checkpoint.restore(resumed, checkpoint.save(state, tmp_path))
+    for group in resumed.optimizer.param_groups:
+        assert {name: group[name] for name in changed if name in group} == {k: v for k, v in changed.items() if k != "exclude"}
+    # Every parameter keeps its own state, whichever group it is in now.
+    saved, found = ({n: s.optimizer.state[p] for n, p in s.method.named_parameters() if p.requires_grad} for s in (state, resumed))
+    torch.testing.assert_close(found, saved, rtol=0, atol=0)
+    sizes = [[len(g["params"]) for g in s.optimizer.param_groups] for s in (state, resumed)]
+    assert (sizes[0] != sizes[1]) == ("exclude" in changed)
+
+
+def test_another_optimizer_is_refused(tmp_path: Path):
+    path = checkpoint.save(new_state(), tmp_path)
+    with pytest.raises(CheckpointError, match="written by a run with Lars, this one has Sgd.*--preset byol_mini"):
+        checkpoint.restore(new_state(optim=Sgd(base_lr=0.1)), path)
+    saved = checkpoint.load(path)
+    saved["optimizer"]["param_groups"][0]["names"][0] = "a.weight"
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=r"other parameters \(a.weight\).*--train.init-from"):
         checkpoint.restore(new_state(), path)
 
 

@@ -1,0 +1,66 @@
+"""One rank of a preset, ready to train on images that stay on its device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastssl.augment import Augmenter
+from fastssl.batch import ImageBatch, Views
+from fastssl.bench.augment_work import material
+from fastssl.config import RunConfig
+from fastssl.distributed import Dist
+from fastssl.engine import State, prepare
+from fastssl.methods import build_method
+from fastssl.presets import PRESETS
+from loaders.errors import DataError
+
+STEPS_PER_EPOCH = 1000
+"""All that is measured happens in the first epoch."""
+ON_CPU = 8
+"""Images of a step on a CPU, unless told otherwise: it takes a hundred times as long."""
+RANKS = 8
+"""Of a published run that does not say how many it had."""
+
+
+@dataclass
+class Rank:
+    state: State
+    images: ImageBatch
+    augment: Augmenter
+    views: Views
+    """Of the images, with boxes, flips and masks: what a training step takes."""
+
+    @property
+    def batch(self) -> int:
+        return len(self.images)
+
+    @property
+    def views_per_image(self) -> int:
+        """Crops that an image gives; a `PatchCrop` gives several."""
+        return sum(len(group.views) for group in self.views.groups)
+
+
+def named(preset: str) -> RunConfig:
+    """DataError for a name that is no preset."""
+    if preset not in PRESETS:
+        raise DataError(f"There is no preset '{preset}'. Known: {', '.join(PRESETS)}.")
+    return PRESETS[preset]()
+
+
+def per_rank(cfg: RunConfig, device: torch.device) -> int:
+    """Images of a rank when nothing is said: as published, else the global batch over 8 ranks; a CPU takes fewer."""
+    t = cfg.train
+    published = t.published_rank_batch or (t.global_batch_size if t.global_batch_size <= 64 else t.global_batch_size // RANKS)
+    return published if device.type == "cuda" else min(published, ON_CPU)
+
+
+def one_rank(cfg: RunConfig, dist: Dist, batch: int, images: ImageBatch | None = None) -> Rank:
+    """This rank's network, optimizer and schedules as training has them, and a batch of `batch` images; random ones unless given."""
+    cfg = replace(cfg, train=replace(cfg.train, global_batch_size=batch * dist.world, accumulation_steps=1))
+    torch.manual_seed(cfg.train.seed)
+    state = prepare(build_method(cfg), cfg, dist, STEPS_PER_EPOCH)
+    images = material(cfg.views, batch, dist.device).batch if images is None else images
+    augment = Augmenter(cfg.views, device=dist.device, dtype=state.dtype, seed=cfg.train.seed, channels_last=cfg.efficiency.channels_last)
+    return Rank(state, images, augment, augment(images))
