@@ -47,8 +47,8 @@ bench: $(READY)  ## what loader and augmentation reach, next to their bounds and
 	@$(PY) -m fastssl.bench loader $(if $(BETON),--path "$(BETON)")
 	@$(PY) -m fastssl.bench augment
 
-gpu-check: $(READY)  ## GPU tests and benchmarks, one JSON in benchmarks/results; without CUDA it says so    [BETON=]
-	@$(PY) -m scripts.gpu_check $(if $(BETON),--beton "$(BETON)")
+gpu-check: $(READY)  ## GPU tests and benchmarks, one JSON in benchmarks/results; without CUDA it says so    [BETON=] [ARGS="--only step"]
+	@$(PY) -m scripts.gpu_check $(if $(BETON),--beton "$(BETON)") $(ARGS)
 
 eval-knn: $(if $(CHECKPOINT),$(READY))  ## k-NN of a backbone    CHECKPOINT=FILE [DATA=data/imagenet] [PROTOCOL=knn/dino] [ARGS="--k 20"]
 	@test -n "$(CHECKPOINT)" || { echo "Say which backbone: make eval-knn CHECKPOINT=runs/NAME/checkpoint_last.pt" >&2; exit 2; }

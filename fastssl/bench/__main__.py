@@ -8,9 +8,10 @@ from importlib import import_module
 
 import tyro
 
+from fastssl.config import ConfigError
 from loaders.errors import DataError
 
-BENCHES = ("augment", "gram", "knn", "loader", "montage")
+BENCHES = ("augment", "gram", "knn", "loader", "montage", "step", "train")
 """Modules with a function `bench`.  Only the one that is asked for is imported: no bench needs what another one measures."""
 
 
@@ -21,7 +22,7 @@ def main() -> None:
         sys.exit(f"usage: python -m fastssl.bench {{{','.join(BENCHES)}}} [flags]; --help after the name lists its flags")
     try:
         tyro.cli(import_module(f"fastssl.bench.{name}").bench, args=flags, prog=f"python -m fastssl.bench {name}")
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
@@ -53,3 +55,21 @@ def copy_rate(device: torch.device) -> float:
     target.copy_(source)
     ms = median(clock(lambda: target.copy_(source), device, 0.02).ms for _ in range(_COPIES))
     return 2e3 * source.numel() / ms
+
+
+def samples(run: Run, device: torch.device, calls: int, now: Callable[[], float] = time.process_time) -> list[float]:
+    """ms of each of so many calls, one after the other.  CUDA: between events on the device; CPU: by `now`, in seconds."""
+    if device.type == "cpu":
+        times = [now()]
+        for _ in range(calls):
+            run()
+            times.append(now())
+        return [1e3 * (b - a) for a, b in pairwise(times)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in pairwise(events)]

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from statistics import median
 
 import torch
 
-from fastssl.augment import Augmenter
 from fastssl.bench.augment_clock import clock
-from fastssl.bench.augment_work import SEED, material
+from fastssl.bench.training import one_rank
 from fastssl.config import RunConfig
 from fastssl.distributed import Dist
-from fastssl.engine import compiles, prepare, train_step
-from fastssl.methods import METHODS
-from fastssl.models.backbones import build_backbone
+from fastssl.engine import compiles, train_step
 
 WARM_UP = 3
 """Steps that are not measured: compilation, cuDNN's choice of algorithms."""
-_STEPS_PER_EPOCH = 1000
 
 
 def step_share(
@@ -32,16 +26,8 @@ def step_share(
     being launched: what augmentation adds to a step is given, too.
     """
     batch = cfg.train.published_rank_batch or cfg.train.global_batch_size
-    cfg = replace(cfg, train=replace(cfg.train, global_batch_size=batch))
-    torch.manual_seed(cfg.train.seed)
-    m = cfg.model
-    backbone = partial(build_backbone, m.arch, image_size=m.image_size, drop_path=m.drop_path)
-    method = METHODS[cfg.method.name](cfg.method, backbone, m.norm)
-    state = prepare(method, cfg, Dist(0, 1, 0, 1, device), _STEPS_PER_EPOCH)
-    e = cfg.efficiency
-    augment = Augmenter(cfg.views, device=device, dtype=state.dtype, seed=SEED, channels_last=e.channels_last)
-    images = material(cfg.views, batch, device).batch
-    views = augment(images)
+    rank = one_rank(cfg, Dist(0, 1, 0, 1, device), batch)
+    state, augment, images, views = rank.state, rank.augment, rank.images, rank.views
     runs = {
         "step": lambda: train_step(state, [views]),
         "augment": lambda: augment(images),

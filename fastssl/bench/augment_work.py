@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastssl.augment.draws import ColourDraws, ColourParams
-from fastssl.batch import ImageBatch
+from fastssl.batch import ImageBatch, masked_patches
 from fastssl.recipes import BYOL_JITTER, RECIPES
 from fastssl.views import Crop, PatchCrop, Photometric, View, ViewSpec
 from loaders.errors import DataError
@@ -119,12 +119,14 @@ class Material:
 
 
 def material(spec: ViewSpec, images: int, device: torch.device) -> Material:
-    """`images` random images with boxes and flips drawn as the loaders draw them."""
+    """`images` random images with boxes, flips and masks drawn as the loaders draw them."""
     height, width = SOURCE
     generator = torch.Generator(device).manual_seed(SEED)
     pixels = torch.randint(0, 256, (images * height * width * 3,), dtype=torch.uint8, device=device, generator=generator)
     sides = [np.full(images, side, np.int32) for side in SOURCE]
-    boxes, flips = Geometry(spec, SEED).draw(np.arange(images), 0, *sides)
+    geometry = Geometry(spec, SEED)
+    boxes, flips = geometry.draw(np.arange(images), 0, *sides)
+    masks = geometry.draw_masks(np.arange(images), 0)
 
     def same(value: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.full((images,), value, dtype=dtype, device=device)
@@ -142,6 +144,8 @@ def material(spec: ViewSpec, images: int, device: torch.device) -> Material:
         flips=torch.from_numpy(flips).to(device),
         epoch=0,
         step=0,
+        masks=None if masks is None else torch.from_numpy(masks).to(device),
+        masked=None if masks is None else torch.from_numpy(masked_patches(masks)).to(device),
         max_hw=SOURCE,
     )
     return Material(spec, batch, ColourDraws(spec, device=device, seed=SEED)(0, index))

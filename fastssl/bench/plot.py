@@ -30,8 +30,8 @@ def save_plot(result: dict, path: Path) -> None:
     )
     axes = left.subplots(len(rates), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (form, bars) in zip(axes, rates, strict=True):
-        _draw(axis, bars, f"{form['name']}: source images per second" + (" (share of the bound)" if form["ceiling"] else ""))
-    _draw(right.subplots(), costs, f"{result['reference']['form']}: CPU ms per source image,\nfor {result['views']} views of it")
+        draw_bars(axis, bars, f"{form['name']}: source images per second" + (" (share of the bound)" if form["ceiling"] else ""))
+    draw_bars(right.subplots(), costs, f"{result['reference']['form']}: CPU ms per source image,\nfor {result['views']} views of it")
     figure.savefig(path, format="png")
 
 
@@ -66,7 +66,8 @@ def _costs(result: dict) -> list[Bar]:
     return bars
 
 
-def _draw(axis: Axes, bars: list[Bar], title: str) -> None:
+def draw_bars(axis: Axes, bars: list[Bar], title: str) -> None:
+    """Horizontal bars, the first one on top."""
     labels, values, texts, colours = zip(*bars, strict=True)
     drawn = axis.barh(range(len(bars)), values, color=colours)
     axis.bar_label(drawn, labels=texts, padding=4, fontsize=9)

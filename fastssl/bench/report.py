@@ -212,18 +212,26 @@ def file(out: Path) -> Path:
     return out / f"loader_{len(os.sched_getaffinity(0))}cores_{slug(cpu_name())}.json"
 
 
+def write_json(result: dict, path: Path) -> None:
+    """The JSON, in a folder that is made if need be; never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _whole(path, lambda p: p.write_text(json.dumps(result, indent=1) + "\n"))
+
+
 def write(result: dict, path: Path, save_plot: Callable[[dict, Path], None]) -> None:
-    """The JSON, and the plot of the same name; never half a file."""
-    for target, save in (
-        (path, lambda p: p.write_text(json.dumps(result, indent=1) + "\n")),
-        (path.with_suffix(".png"), lambda p: save_plot(result, p)),
-    ):
-        partial = target.with_name(target.name + ".partial")
-        try:
-            save(partial)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+    """The JSON, and the plot of the same name."""
+    write_json(result, path)
+    _whole(path.with_suffix(".png"), lambda p: save_plot(result, p))
+
+
+def _whole(target: Path, save: Callable[[Path], object]) -> None:
+    """The file appears under its name when `save` is done with it."""
+    partial = target.with_name(target.name + ".partial")
+    try:
+        save(partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def slug(device: str) -> str:

@@ -1,0 +1,175 @@
+"""The benches of a training step: what they measure, count and calculate, and what is made of the numbers."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.models.resnet import BasicBlock
+
+from fastssl.bench import roof, step, step_report, train
+from fastssl.bench.training import per_rank
+from fastssl.config import ConfigError
+from fastssl.models.backbones import RESNETS, build_backbone
+from fastssl.presets import PRESETS
+from loaders.errors import DataError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+# ------------------------------------------------------------------------------------------------ one small run
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Two rounds on four images of 48 px and half a ResNet-18; the result and its files."""
+    cfg = PRESETS["lewel_mini"]()
+    views = tuple(replace(v, crop=replace(v.crop, size=48)) for v in cfg.views)
+    method = replace(cfg.method, hidden=64, dim=32)
+    folder = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", lambda: replace(cfg, preset="tiny", views=views, method=method))
+        patch.setitem(RESNETS, "resnet18", (BasicBlock, (1, 1, 1, 1)))
+        patch.setattr(step, "copy_rate", lambda device: 10e9)
+        patch.setattr(step, "gemm_rate", lambda device, dtype: 50e9)
+        step.bench("tiny", batch=4, device="cpu", rounds=2, steps=2, out=folder)
+    return json.loads((folder / "step_tiny.json").read_text()), folder
+
+
+def test_parts_add_up_to_the_step(small):
+    result, _ = small
+    parts = result["phases_ms_rounds"]
+    assert set(parts) == {"augment", *step_report.PHASES}
+    assert parts["communication"] == [0.0, 0.0], "one rank"
+    assert min(min(parts[name]) for name in ("augment", "student_forward", "target_forward", "backward")) > 0
+    for r in range(2):
+        whole = sum(ms[r] for name, ms in parts.items() if name != "augment")
+        assert whole >= result["step_ms_rounds"][r] * 0.999, "differences that noise makes negative count as 0"
+    assert result["step_ms_p5"] <= result["step_ms"] <= result["step_ms_p95"] <= result["step_ms_p99"]
+
+
+def test_rates_and_shares_belong_together(small):
+    r, _ = small
+    assert (r["batch"], r["views"], r["sizes"]) == (4, 2, "2x48")
+    assert r["images_per_s"] == pytest.approx(4e3 / r["step_ms"]) and r["views_per_s"] == pytest.approx(8e3 / r["step_ms"])
+    flops = 4e9 * r["gflop_per_image"]
+    assert r["share_of_gemm"] == pytest.approx(flops / 50e9 / (r["step_ms"] / 1e3)) == pytest.approx(r["share_of_compute_roof"])
+    assert r["memory_roof_ms"] == pytest.approx(4e6 * r["moved_mb_per_image"] / 10e9 * 1e3)
+    assert r["mfu"] is None and r["datasheet"] is None and r["kernels"] is None and r["host_syncs"] is None
+    assert r["operators"] > 300 and r["recompiles"] == 0
+    # 4.9 M weights of either network, and the online one's momentum; more while the step runs
+    assert r["peak_mib"] > r["held_mib"] > 3 * 4.9e6 * 4 / 2**20
+
+
+def test_files_and_table(small):
+    result, folder = small
+    with Image.open(folder / "step_tiny.png") as picture:
+        assert picture.format == "PNG" and len(np.unique(np.asarray(picture.convert("L")))) > 20, "an empty page"
+    text = step_report.table(result)
+    for part in result["phases_ms"]:
+        assert step_report.title(part) in text
+    assert "What binds: no roof" in text and "clip + optimizer + EMA" in text
+
+
+# ------------------------------------------------------------------------------------------------ what is calculated
+
+
+def test_traffic_of_a_resnet50():
+    """research/perf.md A.7 and B.1, in 16 bits at 224 px: 353 MB an image forward and backward, 121 and 55 forward with BatchNorm in
+    training and in evaluation mode."""
+    with torch.device("meta"):
+        backbone, image = build_backbone("resnet50"), torch.empty(1, 3, 224, 224)
+    calls: list[roof.Call] = []
+    handles = list(roof._watch(backbone, calls))
+    backbone(image)
+    with torch.no_grad():
+        backbone(image)
+        backbone.eval()(image)
+    for handle in handles:
+        handle.remove()
+    assert [round(2 * c.moved() / 1e6) for c in calls] == [353, 121, 55]
+    assert [(c.grad, c.training) for c in calls] == [(True, True), (False, True), (False, False)]
+
+
+def test_datasheets():
+    assert roof.datasheet("NVIDIA H100 80GB HBM3").tflop_per_s == 989
+    assert roof.datasheet("NVIDIA A100-SXM4-80GB").tb_per_s == 2.04
+    assert roof.datasheet("NVIDIA H100 PCIe") is None and roof.datasheet("AMD EPYC") is None
+
+
+def test_a_difference_below_zero_counts_as_zero():
+    times = {"augment": [[1.0]], "student": [[4.0]], "target": [[3.0]], "forward": [[6.0]], "backward": [[20.0]], "step": [[25.0]]}
+    found = {name: ms[0] for name, ms in step_report.phases(times).items()}
+    assert found == {
+        **{"augment": 1.0, "student_forward": 4.0, "target_forward": 3.0, "heads_and_loss": 0.0, "backward": 14.0},
+        **{"communication": 0.0, "update": 5.0},
+    }
+    times["exchange"] = [[22.0]]
+    found = {name: ms[0] for name, ms in step_report.phases(times).items()}
+    assert (found["communication"], found["update"]) == (2.0, 3.0)
+
+
+def test_operators_are_those_that_python_calls():
+    a = torch.ones(4, 4)
+    # addmm is one, whatever it calls
+    assert step.launches(lambda: torch.addmm(a, a, a) + 1, CPU) == {"kernels": None, "operators": 2, "host_syncs": None}
+
+
+@pytest.mark.parametrize(
+    "changed, text",
+    [
+        ({"host_ms": 9.0}, "launching from the host (9.0 of 10.0 ms)"),
+        ({"share_of_memory_roof": 0.9}, "memory (90% of its roof)"),
+        ({"share_of_compute_roof": 0.86}, "arithmetic (86% of its roof)"),
+        ({}, "no roof: 30% of the compute roof, 40% of the memory roof; most of the time in backward 60%, target forward 30%, update 10%"),
+    ],
+)
+def test_what_binds_a_step(changed: dict, text: str):
+    parts = {"augment": 99.0, "target_forward": 3.0, "backward": 6.0, "update": 1.0, "student_forward": 0.5}
+    r = {"phases_ms": parts, "step_ms": 10.0, "host_ms": 2.0, "share_of_compute_roof": 0.3, "share_of_memory_roof": 0.4, **changed}
+    assert step_report.binds(r).replace("clip + optimizer + EMA", "update").startswith(text)
+
+
+@pytest.mark.parametrize(
+    "loader, real, stall, text",
+    [(110, 100, 0.4, "the loader: alone"), (300, 100, 0.4, "both together: the loader alone is 3.0 x"), (300, 100, 0.05, "the step: 80%")],
+)
+def test_what_binds_training(loader: float, real: float, stall: float, text: str):
+    assert train.binds({"loader": loader, "end to end": real}, stall, 0.2, "cpu").startswith(text)
+
+
+# ------------------------------------------------------------------------------------------------ what is asked for
+
+
+def test_images_of_a_rank():
+    assert per_rank(PRESETS["lewel_b_eman_r50_200ep"](), CUDA) == 128, "published"
+    assert per_rank(PRESETS["dino_vits16_100ep"](), CUDA) == 64, "512 over 8 ranks"
+    assert per_rank(PRESETS["dino_mini"](), CUDA) == 64
+    assert per_rank(PRESETS["dino_mini"](), CPU) == 8
+
+
+@pytest.mark.parametrize("bench", [step.bench, train.bench])
+def test_refusals(bench):
+    with pytest.raises(DataError, match="no preset 'dinosaur'"):
+        bench("dinosaur")
+    with pytest.raises(DataError, match="Nothing would be measured"):
+        bench("dino_mini", rounds=0)
+    with pytest.raises(ConfigError, match="do not fill montages"):
+        bench("w2ssl_mini", batch=3, device="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(DataError, match="no CUDA device"):
+            bench("dino_mini", device="cuda")
+
+
+@pytest.mark.slow
+def test_training_from_a_file(tmp_path, beton_data, capsys):
+    train.bench("lewel_mini", path=str(beton_data), batch=4, device="cpu", rounds=2, steps=2, workers=1, out=tmp_path)
+    result = json.loads((tmp_path / "train_lewel_mini.json").read_text())
+    assert set(result["images_per_s"]) == set(train.RATES)
+    assert all(len(rates) == 2 and min(rates) > 0 for rates in result["images_per_s_rounds"].values())
+    assert result["images_per_s"]["loader"] > result["images_per_s"]["end to end"]
+    assert 0 <= result["data_stall"] < 1 and (tmp_path / "train_lewel_mini.png").exists()
+    printed = capsys.readouterr().out
+    assert "What binds: " in printed and all(name in printed for name in train.RATES)
