@@ -63,7 +63,7 @@ def export(args: Args) -> str:
     lines = [f"Wrote {args.out}: {exported.arch}, {', '.join(f'{k} {v}' for k, v in origin.items())}."]
     if about["dropped"]:
         lines.append(f"Left out: {left_out(about['dropped'])}.")
-    lines.append(f"Load it with: {form.loads.replace('OUT', str(args.out))}")
+    lines.append(f"Load it with: {form.load_line(exported, args.out)}")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastssl.models import keymaps
+from fastssl.models.backbones import MOCOV3_VITS
 from fastssl.models.features import Backbone
 from fastssl.models.weights import CheckpointError
 
@@ -51,6 +52,11 @@ class Exported:
     def state(self) -> State:
         """Our names; plain contiguous tensors, whatever memory format they were trained in."""
         return {name: t.contiguous() for name, t in self.backbone.state_dict().items()}
+
+    @property
+    def unusual(self) -> str:
+        """What libraries would build otherwise for this width: MoCo v3's number of heads, as a further argument."""
+        return f", num_heads={self.backbone.num_heads}" if self.arch in MOCOV3_VITS else ""
 
     @property
     def image_size(self) -> int:
@@ -185,7 +191,10 @@ class Format:
     """Backbones that the other library has (see Exported.family)."""
     write: Callable[[Exported, Path], None]
     loads: str
-    """How the result is loaded; OUT stands for it."""
+    """How the result is loaded; OUT stands for it, OPTIONS for what the other library's network is built with."""
+
+    def load_line(self, e: Exported, out: Path) -> str:
+        return self.loads.replace("OUT", str(out)).replace("OPTIONS", e.unusual)
 
 
 _TORCH = (".pth", ".pt")
@@ -194,14 +203,19 @@ _TIMM = (*_NAMED, "scaled_vit", "swin")
 _ALL = (*_TIMM, "conv_vit")
 FORMATS = {
     "torchvision": Format(
-        _TORCH, _NAMED, torch_file(torchvision_state), "model.load_state_dict(torch.load('OUT'), strict=False)  # the head is missing"
+        _TORCH,
+        _NAMED,
+        torch_file(torchvision_state),
+        "model.load_state_dict(torch.load('OUT'), strict=False)  # no headOPTIONS",
     ),
-    "timm": Format(_TORCH, _TIMM, torch_file(timm_state), "timm.create_model(..., num_classes=0, checkpoint_path='OUT')"),
-    "safetensors": Format((".safetensors",), _ALL, write_safetensors, "model.load_state_dict(safetensors.torch.load_file('OUT'))"),
+    "timm": Format(_TORCH, _TIMM, torch_file(timm_state), "timm.create_model(...OPTIONS, num_classes=0, checkpoint_path='OUT')"),
+    "safetensors": Format(
+        (".safetensors",), _ALL, write_safetensors, "model.load_state_dict(safetensors.torch.load_file('OUT'))  # no headOPTIONS"
+    ),
     "detectron2": Format((".pkl",), ("resnet",), write_detectron2, "MODEL.WEIGHTS OUT"),
     "detectron2-fpn": Format(_TORCH, ("resnet",), torch_file(detectron2_fpn_state), "MODEL.WEIGHTS OUT"),
-    "mmseg": Format(_TORCH, _NAMED, torch_file(mmseg_state), "init_cfg=dict(type='Pretrained', checkpoint='OUT')"),
-    "mmdet": Format(_TORCH, _NAMED, torch_file(mmdet_state), "init_cfg=dict(type='Pretrained', checkpoint='OUT')"),
+    "mmseg": Format(_TORCH, _NAMED, torch_file(mmseg_state), "init_cfg=dict(type='Pretrained', checkpoint='OUT')OPTIONS"),
+    "mmdet": Format(_TORCH, _NAMED, torch_file(mmdet_state), "init_cfg=dict(type='Pretrained', checkpoint='OUT')OPTIONS"),
     "huggingface": Format((), _TIMM, write_huggingface, "timm.create_model('local-dir:OUT', pretrained=True)"),
     "onnx": Format((".onnx",), _ALL, write_onnx, "onnxruntime.InferenceSession('OUT')"),
 }

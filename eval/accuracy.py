@@ -66,9 +66,16 @@ def accuracy(scored: Iterable[tuple[Tensor, Tensor]], num_classes: int, dist: Di
     return Accuracy(hits.long(), hits5.long(), images.long(), (loss / images.sum()).tolist())
 
 
+NO_RANK = 2**31
+
+
 def truth_rank(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many classes are ranked before the true one, equal ones by label.  logits [K, B, C], labels [B] -> int64 [K, B]."""
-    truth = logits.gather(2, labels.expand(len(logits), -1)[..., None])
+    """How many classes are ranked before the true one, equal ones by label.  logits [K, B, C], labels [B] -> int64 [K, B].
+
+    A label that is none of the C classes has no rank: NO_RANK.
+    """
+    known = labels < logits.shape[2]
+    truth = logits.gather(2, torch.where(known, labels, 0).expand(len(logits), -1)[..., None])
     classes = torch.arange(logits.shape[2], device=logits.device)
     behind = (logits < truth) | ((logits == truth) & (classes > labels[:, None]))
-    return logits.shape[2] - 1 - behind.sum(2)
+    return torch.where(known, logits.shape[2] - 1 - behind.sum(2), NO_RANK)

@@ -10,34 +10,40 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TextIO
 
 import numpy as np
-import tyro
 
-from eval import finetune, knn, linear, logreg, semi, tuning_command
-from eval.knn import check_writable
+from eval import command, finetune, knn, linear, logreg, semi, tuning_command
+from eval.command import BackboneArgs, open_subject
+from eval.features import SharedFeatures
+from eval.knn import memory_size
 from eval.labels import checked_classes
 from eval.linear_protocols import LINEAR_PROTOCOLS
-from eval.protocols import KNN_PROTOCOLS, LogisticRegression, write_result
+from eval.protocols import KNN_PROTOCOLS, LewelMonitor, LogisticRegression
+from eval.results import beside, check_writable, data_name, together, write_result
 from eval.tuning_protocols import TUNING_PROTOCOLS, TuningProtocol
 from fastssl.checkpoint import CheckpointError
 from fastssl.config import ConfigError
-from fastssl.distributed import Dist, session
-from fastssl.models.weights import load_backbone
+from fastssl.distributed import Dist
+from fastssl.models.weights import weights_digest
 from fastssl.recipes import center_crop
 from loaders.build import build_eval_loader
 from loaders.errors import DataError
 
+RESULT, LOG = "all.json", "all.log"
 LEAST_STEPS, SMALLEST_BATCH = 16, 8
 """Batches are made smaller until an epoch has so many steps, but not smaller than that."""
 IMAGENET_CLASSES = 1000
 """With so many classes the data are taken for ImageNet, whose lists of 1 % and 10 % exist."""
 REPORTED = ("top1", "top1_last", "knn20_top1")
 """The number of a result, by the first name that it has: of linear and end-to-end protocols, of logistic regression, of k-NN."""
+SHARED_BYTES = 2**31
+"""Of features that a rank keeps in memory for linear protocols with the same batch: they see the same crops in the same order."""
 FEATURES = "features.eval-all"
 """Folder of the features that k-NN and logistic regression share; it is gone afterwards."""
 NOT_COMPARED = ("transfer/mocov3-cifar100", "transfer/mocov3-flowers", "transfer/mocov3-pets")
@@ -45,32 +51,21 @@ NOT_COMPARED = ("transfer/mocov3-cifar100", "transfer/mocov3-flowers", "transfer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
-    """All protocols on one backbone, and a table of their numbers."""
+class Args(BackboneArgs):
+    """All protocols on one backbone, and a table of their numbers.
 
-    checkpoint: str
-    """A run's checkpoint_last.pt or backbone.safetensors, other projects' files, or random:ARCH[:SEED]."""
-    data: str = "data/imagenet"
-    """Folder with train and val: .beton files or class folders."""
+    The table is written after each protocol.  Called again with the same settings, what is done is not done again.
+    """
+
     epochs: int = 5
     """At most so many, where the backbone sees every image in every epoch."""
     only: tuple[str, ...] = ()
     """Names of protocols, or of families: linear, semi; default: all that fit."""
-    network: Literal["auto", "online", "target"] = "auto"
-    """Which network of a training checkpoint; auto: the one its method is evaluated by."""
-    resize: int | None = None
-    """Shorter side of validation images before the centre crop, pixels; default: each protocol's."""
-    crop: int | None = None
-    """Side of all crops, pixels; default: each protocol's."""
-    loader: Literal["auto", "ffcv", "dali", "torchvision", "torchvision_cuda", "folder"] = "auto"
-    """Decoder, as in train.py."""
-    workers: int = 0
-    """Decoder threads per rank; 0: the cores divided by the ranks."""
     out: Path | None = None
     """Folder of the results; default: beside the checkpoint."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
     """A line of the table."""
 
@@ -79,7 +74,11 @@ class Row:
     """What differs from the published settings (of k-NN also k), or why there is no number."""
     top1: float | None
     """Percent."""
+    top5: float | None
     seconds: float
+    """Features that are shared count for the protocol that came first."""
+    per_class: str = ""
+    """The file with the accuracy of each class, if there is one."""
 
 
 def smaller_batch(batch: int, images: int) -> int:
@@ -97,29 +96,33 @@ def part_of_labels(protocol: TuningProtocol, labels: np.ndarray, num_classes: in
     return f"random:{each}", each * num_classes
 
 
-def commands(args: Args, folder: Path, labels: np.ndarray, num_classes: int, *, vit: bool) -> dict[str, Callable[[Dist], None]]:
-    """What writes folder/NAME.json, by the name of the protocol."""
-    common = {n: getattr(args, n) for n in ("checkpoint", "data", "network", "resize", "crop", "loader", "workers")}
+def commands(
+    args: Args, folder: Path, labels: np.ndarray, val_labels: np.ndarray, num_classes: int, *, vit: bool
+) -> dict[str, Callable[[Dist], None]]:
+    """What writes folder/NAME.json, by the name of the protocol.  labels: of the training images."""
+    common = {f.name: getattr(args, f.name) for f in fields(BackboneArgs)}
 
     def place(name: str) -> dict[str, object]:
-        return common | {"out": file_of(folder, name)}
+        return common | {"protocol": name, "out": file_of(folder, name)}
 
     found: dict[str, Callable[[Dist], None]] = {}
     for name, protocol in KNN_PROTOCOLS.items():
-        k = tuple(n for n in protocol.k if n <= len(labels))
+        bank = memory_size(protocol, val_labels) if isinstance(protocol, LewelMonitor) else len(labels)
+        k = tuple(n for n in protocol.k if n <= bank) or None  # the command says why none fits
         kept = {"features": folder / FEATURES} if protocol.interpolation == LogisticRegression().interpolation else {}
-        found[name] = partial(knn.run, knn.Args(**place(name), protocol=name, k=k, **kept))
+        found[name] = partial(knn.run, knn.Args(**place(name), k=k, **kept))
     found["logreg/sfrik"] = partial(logreg.run, logreg.Args(**place("logreg/sfrik"), features=folder / FEATURES))
+    shared = SharedFeatures(SHARED_BYTES)
     for name, protocol in LINEAR_PROTOCOLS.items():
         options = {"epochs": min(args.epochs, protocol.epochs), "batch": smaller_batch(protocol.batch, len(labels))}
-        found[name] = partial(linear.run, linear.Args(**place(name), protocol=name, **options))
+        found[name] = partial(linear.run, linear.Args(**place(name), **options), shared=shared)
     for name, protocol in TUNING_PROTOCOLS.items():
         if name in NOT_COMPARED and name not in args.only or protocol.vit_only and not vit:
             continue
         subset, images = part_of_labels(protocol, labels, num_classes)
         options = {"epochs": min(args.epochs, protocol.epochs), "batch": smaller_batch(protocol.batch, images), "subset": subset}
         kind = semi.Args if name.startswith("semi/") else finetune.Args
-        found[name] = partial(tuning_command.run, kind(**place(name), protocol=name, **options), name)
+        found[name] = partial(tuning_command.run, kind(**place(name), **options))
     return found
 
 
@@ -136,75 +139,104 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def read_row(path: Path, name: str, seconds: float) -> Row:
+    """Crops are the same in all rows: the table's title has them."""
     result = json.loads(path.read_text())
     key = next(key for key in (*REPORTED, *result) if key in result and key.startswith(("top1", "knn")))
-    return Row(name, setting_of(result, name, key) or "as published", result[key], seconds)
-
-
-def setting_of(result: Mapping[str, object], name: str, key: str) -> str:
-    """What differs from the published settings, and the number of neighbours of a k-NN."""
-    if "run_as" in result:
-        return str(result["run_as"]).removeprefix(name).removeprefix(", ")
-    published = KNN_PROTOCOLS.get(name, LogisticRegression())
-    parts = [f"{n} {result[n]} instead of {getattr(published, n)}" for n in ("resize", "crop") if result[n] != getattr(published, n)]
-    return ", ".join([f"k {key[3:].split('_')[0]}", *parts] if key.startswith("knn") else parts)
+    neighbours = f"k {key[3:].split('_')[0]}" if key.startswith("knn") else ""
+    differs = [part for part in result["run_as"].split(", ")[1:] if not part.startswith(("resize ", "crop "))]
+    setting = ", ".join(filter(None, (neighbours, *differs))) or "as published"
+    return Row(name, setting, result[key], result.get(key.replace("top1", "top5")), seconds, path.name if "per_class" in result else "")
 
 
 def table(rows: Sequence[Row]) -> str:
     """In Markdown."""
-    lines = ["| protocol | setting | top-1 % | seconds |", "| --- | --- | ---: | ---: |"]
+    lines = ["| protocol | setting | top-1 % | top-5 % | seconds | per class |", "| --- | --- | ---: | ---: | ---: | --- |"]
     for r in rows:
-        lines.append(f"| {r.protocol} | {r.setting} | {'-' if r.top1 is None else f'{r.top1:.2f}'} | {r.seconds:.0f} |")
+        tops = " | ".join("-" if top is None else f"{top:.2f}" for top in (r.top1, r.top5))
+        lines.append(f"| {r.protocol} | {r.setting} | {tops} | {r.seconds:.0f} | {r.per_class or '-'} |")
     return "\n".join(lines)
+
+
+def rows_done(folder: Path, of: Mapping[str, object]) -> dict[str, Row]:
+    """Rows of an earlier call with the same settings; what is left of one with others is removed."""
+    try:
+        found = json.loads((folder / RESULT).read_text())
+        differs = [name for name, value in of.items() if found["of"][name] != value]
+        rows = {row["protocol"]: Row(**row) for row in found["rows"]}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError):
+        differs, rows = ["format"], {}
+    if not differs:
+        return {name: row for name, row in rows.items() if row.top1 is not None and file_of(folder, name).exists()}
+    print(f"{folder} holds results with other settings ({', '.join(differs)}): starting over")
+    shutil.rmtree(folder / FEATURES, ignore_errors=True)
+    for state in folder.glob("*.state.pt"):
+        state.unlink()
+    return {}
+
+
+def _log(folder: Path, dist: Dist) -> AbstractContextManager[TextIO]:
+    return (folder / LOG).open("a") if dist.is_main else nullcontext(sys.stdout)
+
+
+def settled(name: str, do: Callable[[Dist], None], folder: Path, dist: Dist) -> Row | None:
+    """The row of a protocol, on rank 0; what its command says goes to folder/LOG."""
+    start, reason = time.perf_counter(), ""
+    with together(dist, folder / LOG), _log(folder, dist) as log, redirect_stdout(log):
+        try:
+            do(dist)
+        except (CheckpointError, ConfigError, DataError) as error:
+            reason = str(error)
+    if not dist.is_main:
+        return None
+    seconds = time.perf_counter() - start
+    return Row(name, f"not possible: {reason}", None, None, seconds) if reason else read_row(file_of(folder, name), name, seconds)
 
 
 def run(args: Args, dist: Dist) -> None:
     if args.epochs < 1:
         raise ConfigError(f"--epochs must be a positive number, got {args.epochs}.")
-    if args.out is None and args.checkpoint.startswith("random:"):
+    subject = open_subject(args, dist)
+    folder = args.out or beside(args.checkpoint, str(subject.origin["network"]), data_name(args.data), "evaluations")
+    if folder is None:
         raise ConfigError("A random backbone has no place beside it for results: say where they go with --out DIR.")
-    folder = args.out or Path(args.checkpoint).with_suffix(".evaluations")
-    backbone, about = load_backbone(args.checkpoint, network=args.network)
+    check_writable(folder)
     reading = {"dist": dist, "batch": 1, "backend": args.loader, "workers": args.workers}
     train, val = (build_eval_loader(args.data, split, center_crop(), **reading) for split in ("train", "val"))
-    found = commands(args, folder, train.labels, checked_classes(train, val, args.data), vit=hasattr(backbone, "blocks"))
-    found = chosen(found, args.only)
-    del backbone, train, val
-    if dist.is_main:
-        check_writable(folder)
-        folder.mkdir(exist_ok=True)
-        shutil.rmtree(folder / FEATURES, ignore_errors=True)  # of a killed run, perhaps of other weights
-    dist.barrier()
-    rows = []
-    for name, command in found.items():
-        start = time.perf_counter()
-        try:
-            command(dist)
-            reason = ""
-        except (CheckpointError, ConfigError, DataError) as error:
-            reason = str(error)
-        seconds = time.perf_counter() - start
+    sizes = (train.labels, val.labels, checked_classes(train, val, args.data))
+    found = chosen(commands(args, folder, *sizes, vit=hasattr(subject.backbone, "blocks")), args.only)
+    of = {"weights": weights_digest(subject.backbone), "images": [train.num_samples, val.num_samples], "processes": dist.world}
+    of |= {name: getattr(args, name) for name in ("data", "epochs", "resize", "crop")}
+    about, title = subject.origin, str(subject)
+    del subject, train, val
+    rows: dict[str, Row] = {}
+    with together(dist, folder):
         if dist.is_main:
-            rows.append(Row(name, f"not possible: {reason}", None, seconds) if reason else read_row(file_of(folder, name), name, seconds))
-    if not dist.is_main:
-        return
-    shutil.rmtree(folder / FEATURES, ignore_errors=True)
-    write_result(
-        folder / "all.json",
-        {"checkpoint": args.checkpoint, "data": args.data, "processes": dist.world}
-        | {name: about[name] for name in ("arch", "method", "step", "network")}
-        | {"rows": [vars(row) for row in rows]},
-    )
-    print(f"\n{args.checkpoint} ({about['arch']}) on {args.data}\n\n{table(rows)}\n\nwritten to {folder / 'all.json'}")
+            folder.mkdir(exist_ok=True)
+            rows = rows_done(folder, of)
+            print(f"{title}\nThe commands' own output goes to {folder / LOG}.")
+    rows = dist.broadcast_object(rows)
+    for number, (name, do) in enumerate(found.items(), 1):
+        known = name in rows
+        if not known:
+            rows[name] = settled(name, do, folder, dist)
+            with together(dist, folder / RESULT):
+                if dist.is_main:
+                    write_result(folder / RESULT, about | {"of": of, "rows": [vars(row) for row in rows.values()]})
+        if dist.is_main:
+            top1 = "-" if rows[name].top1 is None else f"{rows[name].top1:.2f} %"
+            print(f"{number}/{len(found)}  {name}  {top1}  {'done before' if known else f'{rows[name].seconds:.0f} s'}", flush=True)
+    if dist.is_main:
+        shutil.rmtree(folder / FEATURES, ignore_errors=True)
+        shown = [rows[name] for name in found]
+        crops = ", ".join(f"{name} {getattr(args, name) or 'as published'}" for name in ("resize", "crop"))
+        print(f"\n{title.splitlines()[0]}, {crops}, {sum(row.seconds for row in shown):.0f} s\n\n{table(shown)}\n")
+        print(f"written to {folder / RESULT}, and each protocol's numbers beside it")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = tyro.cli(Args, prog="python -m eval.all", args=argv)
-    try:
-        with session() as dist:
-            run(args, dist)
-    except (CheckpointError, ConfigError, DataError) as error:
-        sys.exit(str(error))
+    command.main(Args, run, "eval.all", argv)
 
 
 if __name__ == "__main__":

@@ -6,32 +6,29 @@ torchrun shares the work between ranks; a killed extraction goes on where it was
 
 from __future__ import annotations
 
-import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
-import torch
-import tyro
 
+from eval import command
+from eval.command import DTYPES, EvaluationArgs, Subject, open_subject
 from eval.features import Bank, check_kind, extract, extracted, width
+from eval.labels import check_apart
+from eval.results import run_as
 from eval.store import Store
 from fastssl.augment.augmenter import Augmenter
 from fastssl.checkpoint import CheckpointError
 from fastssl.config import ConfigError
-from fastssl.distributed import Dist, session
+from fastssl.distributed import Dist
 from fastssl.models.features import Backbone
-from fastssl.models.official import left_out
-from fastssl.models.weights import load_backbone, output_checksum, weights_digest
+from fastssl.models.weights import weights_digest
 from fastssl.views import CenterCrop, Interpolation, Photometric, View
 from loaders.build import EvalLoader, build_eval_loader
-from loaders.errors import DataError
 from loaders.open import Backend
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +79,7 @@ def banks(
     recipe: Recipe,
     *,
     dist: Dist,
-    batch: int = 256,
+    forward: int = 256,
     backend: Backend = "auto",
     workers: int = 0,
     folder: Path | None = None,
@@ -91,13 +88,13 @@ def banks(
 ) -> dict[str, Part]:
     """Features of `parts` of a data set: name -> split and subset of it.  Every rank calls it, with the same weights on its device.
 
-    batch        images per rank
+    forward      images per rank in one forward pass
     folder, of   where to keep them, and what the manifest says of the weights
     check        raises for data that are not fit, before anything is extracted
 
     DataError when data are missing.
     """
-    reading = {"dist": dist, "batch": batch, "backend": backend, "workers": workers}
+    reading = {"dist": dist, "batch": forward, "backend": backend, "workers": workers}
     loaders = {name: build_eval_loader(data, split, recipe.spec, subset=subset, **reading) for name, (split, subset) in parts.items()}
     check(loaders)
     augment = Augmenter(recipe.spec, device=dist.device, dtype=DTYPES[recipe.dtype], seed=0)
@@ -132,86 +129,48 @@ def manifest(of: Mapping[str, object] | None, data: str, part: tuple[str, str], 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class FeatureArgs(EvaluationArgs):
     """What every evaluation of frozen features is told."""
 
-    checkpoint: str
-    """A run's checkpoint_last.pt or backbone.safetensors, a torchvision or timm state dict, another project's, or random:ARCH[:SEED]."""
-    data: str = "data/imagenet"
-    """Folder with train and val: .beton files or class folders."""
-    subset: str = ""
-    """Part of train, as --data.subset of train.py: 1percent, 10percent, first:N, after:N, random:N or a file of names."""
-    queries: str = ""
-    """Part of train to classify instead of val, where hyper-parameters are chosen without it: after:260 for the bank first:260 (SFRIK)."""
-    network: Literal["auto", "online", "target"] = "auto"
-    """Which network of a training checkpoint; auto: the one its method is evaluated by (DINO, SCFS: the target, that is the teacher)."""
-    arch: str | None = None
-    """The architecture that the checkpoint must have; default: what its weights fit."""
     kind: str = "pooled"
     """Features: pooled; of ViTs also cls, lastN ([CLS] of the last N blocks), patches (their mean) and cls+patches."""
-    resize: int | None = None
-    """Shorter side before the centre crop, pixels."""
-    crop: int | None = None
-    """Side of the centre crop, pixels."""
-    batch: int = 256
+    forward: int = 256
     """Images per rank in one forward pass."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast type of the forward pass."""
-    loader: Literal["auto", "ffcv", "dali", "torchvision", "torchvision_cuda", "folder"] = "auto"
-    """Decoder, as in train.py."""
-    workers: int = 0
-    """Decoder threads per rank; 0: the cores divided by the ranks."""
 
     def check(self) -> None:
         """ConfigError for flags that cannot be."""
-        if self.batch < 1:
-            raise ConfigError(f"--batch must be a positive number, got {self.batch}.")
-        if self.queries and not self.subset:
-            raise ConfigError(f"--queries {self.queries} are images of train, and so is the bank: give it a part of its own with --subset.")
+        self.check_parts()
+        if self.forward < 1:
+            raise ConfigError(f"--forward must be a positive number, got {self.forward}.")
 
-    @property
-    def parts(self) -> dict[str, tuple[str, str]]:
-        """What is learned from and what is classified: split and subset of each."""
-        return {"train": ("train", self.subset), "val": ("train" if self.queries else "val", self.queries)}
+    def recipe(self, subject: Subject, crops: Crops) -> Recipe:
+        """Of the features, with these sizes.  ConfigError for what cannot be."""
+        sizes = {name: getattr(crops, name) for name in ("resize", "crop", "interpolation")}
+        recipe = Recipe(**sizes, normalisation=subject.normalisation, kind=self.kind, dtype=self.dtype)
+        recipe.check(subject.backbone)
+        return recipe
 
-
-@dataclass
-class Subject:
-    """The backbone of an evaluation, on its device, and what is known of it."""
-
-    backbone: Backbone
-    recipe: Recipe
-    origin: dict[str, object]
-    """For the result: checkpoint, arch, method, step, network, output_checksum."""
-    of: dict[str, object]
-    """For the manifest of kept features."""
-    dropped: str
-    """Weights of the file that were not used, in one line; "" for none."""
-
-    def __str__(self) -> str:
-        known = ", ".join(f"{name.replace('_', ' ')} {v}" for name, v in self.origin.items() if name != "checkpoint" and v is not None)
-        return f"{self.origin['checkpoint']} ({known})" + (f"\nnot used: {self.dropped}" if self.dropped else "")
+    def run_as(self, protocol: object, published: object) -> str:
+        """The protocol and all that differs from it."""
+        dtype = "" if self.dtype == "fp32" else self.dtype
+        kind = "" if self.kind == "pooled" else self.kind
+        return run_as(protocol, published, kind=kind, dtype=dtype, subset=self.subset, queries=self.queries)
 
 
-def open_subject(source: Source, dist: Dist, *, resize: int, crop: int, interpolation: Interpolation) -> Subject:
-    """The backbone, with crops of these sizes unless `source` has its own.  CheckpointError, ConfigError."""
-    source.check()
-    backbone, about = load_backbone(source.checkpoint, network=source.network, arch=source.arch)
-    crop, resize = (own if own is not None else given for own, given in ((source.crop, crop), (source.resize, resize)))
-    norm = about["normalisation"] or {}
-    recipe = Recipe(
-        resize=resize, crop=crop, interpolation=interpolation, normalisation=Photometric(**norm), kind=source.kind, dtype=source.dtype
-    )
-    recipe.check(backbone)
-    origin = {"checkpoint": source.checkpoint} | {name: about[name] for name in ("arch", "method", "step", "network")}
-    of = {"checkpoint": source.checkpoint, "arch": about["arch"], "network": about["network"], "digest": weights_digest(backbone)}
-    origin["output_checksum"] = output_checksum(backbone)
-    return Subject(backbone.to(dist.device, memory_format=torch.channels_last), recipe, origin, of, left_out(about["dropped"]))
+class Crops(Protocol):
+    """A protocol, or flags."""
+
+    resize: int
+    crop: int
+    interpolation: Interpolation
 
 
 def take(
-    source: Source,
+    args: FeatureArgs,
     subject: Subject,
+    recipe: Recipe,
     dist: Dist,
     parts: Mapping[str, tuple[str, str]],
     *,
@@ -219,50 +178,47 @@ def take(
     check: Callable[[Mapping[str, EvalLoader]], object] = lambda loaders: None,
 ) -> dict[str, Part]:
     """`banks` as the command line says.  DataError when queries are in the bank, CheckpointError when features are not finite."""
-    reading = {"batch": source.batch, "backend": source.loader, "workers": source.workers}
 
     def fit_and_apart(loaders: Mapping[str, EvalLoader]) -> None:
         check(loaders)
-        if (
-            source.queries
-            and loaders.keys() == {"train", "val"}
-            and (common := len(np.intersect1d(loaders["train"].ids, loaders["val"].ids)))
-        ):
-            raise DataError(
-                f"{common} images are in --subset {source.subset} and in --queries {source.queries}: they would find themselves. "
-                f"Take parts that have none in common, such as first:260 and after:260."
-            )
+        if args.queries and loaders.keys() == {"train", "val"}:
+            check_apart(loaders["train"], loaders["val"])
 
-    options = {"dist": dist, "folder": folder, "of": subject.of, "check": fit_and_apart}
-    found = banks(subject.backbone, source.data, parts, subject.recipe, **options, **reading)
+    reading = {"forward": args.forward, "backend": args.loader, "workers": args.workers}
+    of = {name: subject.origin[name] for name in ("checkpoint", "arch", "network")} | {"digest": weights_digest(subject.backbone)}
+    options = {"dist": dist, "folder": folder, "of": of, "check": fit_and_apart}
+    found = banks(subject.backbone, args.data, parts, recipe, **options, **reading)
     if not all(dist.gather_objects(all(bool(part.bank.features.isfinite().all()) for part in found.values()))):
-        raise CheckpointError(f"{source.checkpoint} gives features that are not finite: the run diverged. Evaluate an earlier checkpoint.")
+        raise CheckpointError(f"{args.checkpoint} gives features that are not finite: the run diverged. Evaluate an earlier checkpoint.")
     return found
 
 
-def shown(source: Source, subject: Subject) -> dict[str, object]:
+def shown(args: FeatureArgs, recipe: Recipe) -> dict[str, object]:
     """The settings of features, for results."""
-    recipe = subject.recipe
     settings = {name: getattr(recipe, name) for name in ("resize", "crop", "interpolation", "kind", "dtype")}
-    return settings | {name: getattr(source, name) for name in ("subset", "queries") if getattr(source, name)}
+    return settings | {name: getattr(args, name) for name in ("subset", "queries") if getattr(args, name)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(Source):
+class Args(FeatureArgs):
     """Keep the features of train and val in a folder, for --features of eval.knn and eval.logreg."""
 
     out: Path
     """The folder."""
     resize: int = 256
+    """Shorter side before the centre crop, pixels."""
     crop: int = 224
+    """Side of the centre crop, pixels."""
     interpolation: Interpolation = "bicubic"
     """Of DINO's and SFRIK's evaluations on features."""
     splits: tuple[Literal["train", "val"], ...] = ("train", "val")
 
 
 def run(args: Args, dist: Dist) -> None:
-    subject = open_subject(args, dist, resize=args.resize, crop=args.crop, interpolation=args.interpolation)
-    found = take(args, subject, dist, {name: args.parts[name] for name in args.splits}, folder=args.out)
+    args.check()
+    subject = open_subject(args, dist)
+    parts = {name: args.parts[name] for name in args.splits}
+    found = take(args, subject, args.recipe(subject, args), dist, parts, folder=args.out)
     if dist.is_main:
         print(subject)
         for name, part in found.items():
@@ -270,12 +226,7 @@ def run(args: Args, dist: Dist) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    try:
-        args = tyro.cli(Args, prog="python -m eval.extract", args=argv)
-        with session() as dist:
-            run(args, dist)
-    except (CheckpointError, ConfigError, DataError) as error:
-        sys.exit(str(error))
+    command.main(Args, run, "eval.extract", argv)
 
 
 if __name__ == "__main__":

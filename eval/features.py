@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -125,6 +125,33 @@ def extracted(
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+class SharedFeatures:
+    """Features of whole passes over one data set, in memory, for further evaluations of a frozen backbone on the same crops.
+
+    limit: bytes per rank; passes that would go beyond are not kept.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.size = limit, 0
+        self.passes: dict[Hashable, list[Bank]] = {}
+
+    def of(self, key: Hashable, run: Callable[[], Iterable[Bank]]) -> Iterator[Bank]:
+        """What `run` gives, batch after batch; kept under `key` once all were taken."""
+        if key in self.passes:
+            yield from self.passes[key]
+            return
+        kept, size = [], 0
+        for part in run():
+            yield part
+            size += part.features.nbytes
+            if self.size + size <= self.limit:
+                kept.append(part)
+            else:
+                kept.clear()
+        if self.size + size <= self.limit:
+            self.passes[key], self.size = kept, self.size + size
 
 
 def _progress(loader: Iterable[ImageBatch], what: str) -> Iterable[ImageBatch]:

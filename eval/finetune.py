@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from eval import tuning_command
-from eval.tuning_command import TuningArgs
+from eval import command
+from eval.tuning_command import TuningArgs, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Args(TuningArgs):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    tuning_command.main(Args, "python -m eval.finetune", argv)
+    command.main(Args, run, "eval.finetune", argv)
 
 
 if __name__ == "__main__":

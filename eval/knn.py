@@ -6,8 +6,6 @@ torchrun --nproc-per-node 8 -m eval.knn --checkpoint ...
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,21 +14,19 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 
-from eval import labels
-from eval.extract import Part, Recipe, Source, banks, open_subject, shown, take
-from eval.protocols import KNN_PROTOCOLS, LewelMonitor, WeightedKNN, table_line, write_result
-from eval.votes import knn, lewel_monitor
-from fastssl.checkpoint import CheckpointError
+from eval import command, labels
+from eval.command import DTYPES, open_subject, result_path
+from eval.extract import FeatureArgs, Part, Recipe, banks, shown, take
+from eval.protocols import KNN_PROTOCOLS, LewelMonitor, WeightedKNN
+from eval.results import check_writable, publish, table_line
+from eval.votes import keep_index, knn, lewel_monitor
 from fastssl.config import ConfigError
-from fastssl.distributed import Dist, session
+from fastssl.distributed import Dist
 from fastssl.models.features import Backbone
 from fastssl.views import Photometric
 from loaders.build import EvalLoader
 from loaders.errors import DataError
-
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def evaluate(
@@ -42,7 +38,7 @@ def evaluate(
     resize: int = 256,
     crop: int = 224,
     normalisation: Photometric | None = None,
-    batch: int = 256,
+    forward: int = 256,
     dtype: torch.dtype = torch.float32,
     subset: str = "",
     backend: str = "auto",
@@ -52,7 +48,7 @@ def evaluate(
 
     Every rank calls it with the same weights on `dist.device`.  Training modes, buffers and random states stay as they are.
     normalisation: its mean and std, default ImageNet's.  subset: part of train to take as bank, a rule of `loaders.subsets`.
-    batch: images per rank; dtype: autocast type.  DataError when a split is missing or unlabelled.
+    forward: images per rank in one forward pass; dtype: autocast type.  DataError when a split is missing or unlabelled.
     """
     protocol = WeightedKNN(k=tuple(k), resize=resize, crop=crop)
     recipe = Recipe(
@@ -60,10 +56,10 @@ def evaluate(
         crop=crop,
         interpolation=protocol.interpolation,
         normalisation=normalisation or Photometric(),
-        dtype=DTYPE_NAMES[dtype],
+        dtype=next(name for name, known in DTYPES.items() if known is dtype),
     )
     parts = {"train": ("train", subset), "val": ("val", "")}
-    reading = {"batch": batch, "backend": backend, "workers": workers}
+    reading = {"forward": forward, "backend": backend, "workers": workers}
     found = banks(backbone, data_path, parts, recipe, dist=dist, check=partial(check_labels, data=data_path), **reading)
     return scores(found, protocol, dist)
 
@@ -93,24 +89,37 @@ def check_data(loaders: Mapping[str, EvalLoader], protocol: WeightedKNN | LewelM
     """DataError when labels are missing or wrong, or the bank lacks a class of the queries or is too small for the protocol."""
     check_labels(loaders, data)
     if isinstance(protocol, LewelMonitor):
+        check_size(protocol, memory_size(protocol, loaders["val"].labels))
         return
     bank, queries = loaders["train"], loaders["val"]
+    check_size(protocol, bank.num_samples)
     if len(empty := np.setdiff1d(queries.labels, bank.labels)):
         first = bank.classes[empty[0]] if bank.classes else f"class {empty[0]}"
         raise DataError(
             f"{len(empty)} classes of the images to classify have no image in the bank from {data}, {first} first: they cannot be found. "
             f"Take a larger part with --subset, or complete the data."
         )
-    if bank.num_samples < max(protocol.k):
-        raise DataError(f"{max(protocol.k)} neighbours are asked for, and the bank has {bank.num_samples} images. Ask for fewer with --k.")
+
+
+def memory_size(protocol: LewelMonitor, labels: np.ndarray) -> int:
+    """Images of the validation set, of these labels, that others are compared with."""
+    return len(keep_index(labels, int(np.max(labels)) + 1, protocol.memory))
+
+
+def check_size(protocol: WeightedKNN | LewelMonitor, images: int) -> None:
+    if images < max(protocol.k):
+        raise DataError(f"{max(protocol.k)} neighbours are asked for, and the bank has {images} images. Ask for fewer with --k.")
 
 
 # ------------------------------------------------------------------------------------------------ the command line
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(Source):
-    """k-NN accuracy of a frozen backbone."""
+class Args(FeatureArgs):
+    """k-NN accuracy of a frozen backbone.
+
+    An interrupted evaluation starts over; with --features the extraction, which takes the time, goes on where it was.
+    """
 
     protocol: Literal["knn/dino", "knn/ibot", "knn/sfrik", "knn/lewel-monitor"] = "knn/dino"
     """Its settings are the defaults of k, resize and crop."""
@@ -126,6 +135,7 @@ class Args(Source):
 
 def settings(args: Args) -> WeightedKNN | LewelMonitor:
     """The protocol with the command line's changes.  ConfigError for impossible ones."""
+    args.check()
     given = {name: getattr(args, name) for name in ("k", "resize", "crop") if getattr(args, name) is not None}
     protocol = replace(KNN_PROTOCOLS[args.protocol], **given)
     if not protocol.k or min(protocol.k) < 1:
@@ -135,59 +145,31 @@ def settings(args: Args) -> WeightedKNN | LewelMonitor:
     return protocol
 
 
-def result_path(args: Source, protocol: str, out: Path | None) -> Path | None:
-    """Where the JSON goes.  ConfigError when nothing can be written there."""
-    if out is None and not args.checkpoint.startswith("random:"):
-        checkpoint = Path(args.checkpoint)
-        name = "-".join(part for part in (protocol, args.subset, args.queries) if part)
-        out = checkpoint.with_name(f"{checkpoint.stem}.{name.replace('/', '-').replace(':', '-')}.json")
-    if out is not None:
-        check_writable(out)
-    return out
-
-
-def check_writable(out: Path) -> None:
-    if not os.access(out.parent, os.W_OK):
-        raise ConfigError(
-            f"The result cannot be written to {out}: its folder is missing or read-only. Choose another with --out FILE.json."
-        )
-
-
 def run(args: Args, dist: Dist) -> None:
     protocol = settings(args)
-    subject = open_subject(args, dist, resize=protocol.resize, crop=protocol.crop, interpolation=protocol.interpolation)
-    out = result_path(args, args.protocol, args.out)
+    subject = open_subject(args, dist)
+    recipe = args.recipe(subject, protocol)
+    out = result_path(args, subject, args.protocol, args.out)
     if args.picture is not None:
         check_writable(args.picture)
     parts = {name: args.parts[name] for name in protocol.splits}
     check = partial(check_data, protocol=protocol, data=args.data)
-    found = take(args, subject, dist, parts, folder=args.features, check=check)
+    found = take(args, subject, recipe, dist, parts, folder=args.features, check=check)
     result = scores(found, protocol, dist)
     if args.picture is not None:
         from eval.neighbour_sheet import draw  # Pillow's fonts are for this alone
 
         draw(args.picture, found["train"], found["val"], title=f"{subject.origin['checkpoint']}   {protocol.name}", dist=dist)
-    if not dist.is_main:
-        return
-    how = shown(args, subject)
     sizes = {f"num_{name}": part.loader.num_samples for name, part in found.items()}
-    if out is not None:
-        write_result(out, {"protocol": protocol.name} | subject.origin | result | sizes | how)
-    print(subject)
-    for name, value in result.items():
-        print(f"{protocol.name}  {name} {value:.2f} %")
-    for k in protocol.k:
-        print(table_line(subject.origin, f"{protocol.name}, k = {k}", f"{result[f'knn{k}_top1']:.2f}"))
-    print(", ".join(f"{n} {v}" for n, v in (sizes | how).items()) + (f"; written to {out}" if out is not None else ""))
+    name, how = args.run_as(protocol, KNN_PROTOCOLS[args.protocol]), shown(args, recipe)
+    lines = [str(subject), *(f"{name}  {key} {value:.2f} %" for key, value in result.items())]
+    lines += [table_line(subject.origin, f"{name}, k = {k}", f"{result[f'knn{k}_top1']:.2f}") for k in protocol.k]
+    lines.append(", ".join(f"{key} {value}" for key, value in (sizes | how).items()))
+    publish({"protocol": protocol.name, "run_as": name} | subject.origin | result | sizes | how, lines, out, dist)
 
 
-def main() -> None:
-    args = tyro.cli(Args, prog="python -m eval.knn")
-    try:
-        with session() as dist:
-            run(args, dist)
-    except (CheckpointError, ConfigError, DataError) as error:
-        sys.exit(str(error))
+def main(argv: Sequence[str] | None = None) -> None:
+    command.main(Args, run, "eval.knn", argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whether a training and a validation set have labels that a classifier can be trained and measured with."""
+"""Whether a training and a validation set can train and measure a classifier: their labels, and that they are apart."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from loaders.errors import DataError
 
 
 class Labelled(Protocol):
+    ids: np.ndarray
+    """int [n]: sample ids."""
     labels: np.ndarray | None
     """int [n]."""
     classes: Sequence[str] | None
@@ -50,3 +52,12 @@ def check_same_classes(ours: Sequence[str] | None, theirs: Sequence[str] | None,
         f"The classes to learn and the classes to measure in {path} differ ({len(ours)} and {len(theirs)} names; {different}), so equal "
         f"labels do not mean the same. Make both from class folders of the same names."
     )
+
+
+def check_apart(train: Labelled, queries: Labelled) -> None:
+    """DataError for images that are in two parts of one split, what is learned from and what is classified."""
+    if common := len(np.intersect1d(train.ids, queries.ids)):
+        raise DataError(
+            f"{common} of the images to classify (--queries) are also among those to learn from (--subset): they would find themselves. "
+            f"Take parts that have none in common, such as first:260 and after:260."
+        )

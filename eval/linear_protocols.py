@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
+from eval.results import run_as
 from fastssl.config import ConfigError
 from fastssl.optim.schedules import epoch_cosine, step_decay
 
@@ -93,17 +94,12 @@ class LinearProtocol:
         grid = dict.fromkeys([*first, *product(sorted(lrs), *axes)])
         return [Setting(lr, lr * scale, decay, optimizer) for lr, decay, optimizer in grid]
 
-    def __str__(self) -> str:
-        """The name, and what differs from the published settings: "linear/dino, 5 of 100 epochs"."""
+    def run_as(self, **more: str) -> str:
+        """The name, what differs from the published settings, and `more`: "linear/dino, 5 of 100 epochs, subset first:20"."""
         published = LINEAR_PROTOCOLS[self.name]
-        parts = [self.name] if self.epochs == published.epochs else [self.name, f"{self.epochs} of {published.epochs} epochs"]
-        if (self.base_lr, self.vit_lr) != (published.base_lr, published.vit_lr):
-            parts.append(f"base lr {self.base_lr:g}")
-        for name in ("batch", "crop", "resize"):
-            ours, theirs = getattr(self, name), getattr(published, name)
-            if ours != theirs:
-                parts.append(f"{name} {ours} instead of {theirs}")
-        return ", ".join(parts)
+        rates = ("base_lr", "vit_lr", "base_lrs")
+        own_rate = any(getattr(self, name) != getattr(published, name) for name in rates)
+        return run_as(self, published, without=rates, base_lr=f"{self.base_lr:g}" if own_rate else "", **more)
 
 
 def changed(protocol: LinearProtocol, *, epochs: int | None, **given: float | None) -> LinearProtocol:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,20 +16,19 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from eval import command
 from eval.accuracy import Accuracy, accuracy
-from eval.extract import Source, open_subject, shown, take
+from eval.command import Subject, open_subject, result_path
+from eval.extract import FeatureArgs, Part, shown, take
 from eval.features import Bank
-from eval.knn import result_path
 from eval.labels import checked_classes
-from eval.protocols import LogisticRegression, table_line, write_result
-from fastssl.checkpoint import CheckpointError
+from eval.protocols import LogisticRegression
+from eval.results import beside, data_name, publish, table_line, together
 from fastssl.config import ConfigError
-from fastssl.distributed import Dist, session
-from loaders.errors import DataError
+from fastssl.distributed import Dist
 
 ROWS = 8192
 """Validation features classified at a time."""
@@ -68,7 +67,7 @@ def fit(
     for epoch in range(protocol.epochs):
         sgd.param_groups[0]["lr"] = protocol.lr * (1 + math.cos(math.pi * epoch / protocol.epochs)) / 2
         total = torch.zeros((), device=device)
-        for rows in order(len(train), epoch).to(train.features.device).split(protocol.batch_size):
+        for rows in order(len(train), epoch).to(train.features.device).split(protocol.batch):
             loss = F.cross_entropy(head(train.features[rows].to(device)), train.labels[rows].to(device))
             sgd.zero_grad()
             loss.backward()
@@ -91,15 +90,19 @@ def measure(head: nn.Linear, bank: Bank) -> Accuracy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(Source):
-    """Logistic regression on the features of a frozen backbone."""
+class Args(FeatureArgs):
+    """Logistic regression on the features of a frozen backbone.
+
+    An interrupted extraction goes on where it was; the training, which is short, starts over.
+    """
 
     protocol: Literal["logreg/sfrik"] = "logreg/sfrik"
     features: Path | None = None
     """Folder of the features, as eval.extract writes it, or to be filled; default: beside the checkpoint."""
     epochs: int | None = None
     """Default: the protocol's 100."""
-    batch_size: int | None = None
+    batch: int | None = None
+    """Images of a step."""
     lr: float | None = None
     weight_decay: float | None = None
     seed: int = 0
@@ -110,19 +113,19 @@ class Args(Source):
 
 def settings(args: Args) -> LogisticRegression:
     """The protocol with the command line's changes.  ConfigError for impossible ones."""
-    names = ("epochs", "batch_size", "lr", "weight_decay", "resize", "crop")
+    args.check()
+    names = ("epochs", "batch", "lr", "weight_decay", "resize", "crop")
     protocol = replace(LogisticRegression(), **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
-    if min(protocol.epochs, protocol.batch_size) < 1 or not protocol.lr > 0 or not protocol.weight_decay >= 0:
-        raise ConfigError("--epochs, --batch-size and --lr must be positive, and --weight-decay at least 0.")
+    if min(protocol.epochs, protocol.batch) < 1 or not protocol.lr > 0 or not protocol.weight_decay >= 0:
+        raise ConfigError("--epochs, --batch and --lr must be positive, and --weight-decay at least 0.")
     return protocol
 
 
-def features_folder(args: Args) -> Path:
-    if args.features is not None:
-        return args.features
-    if args.checkpoint.startswith("random:"):
+def features_folder(args: Args, subject: Subject) -> Path:
+    folder = args.features or beside(args.checkpoint, str(subject.origin["network"]), data_name(args.data), "features")
+    if folder is None:
         raise ConfigError("Features of a random backbone have no place beside a checkpoint: say where to keep them with --features DIR.")
-    return Path(args.checkpoint).with_suffix(".features")
+    return folder
 
 
 def at_hand(bank: Bank, device: torch.device) -> Bank:
@@ -132,14 +135,9 @@ def at_hand(bank: Bank, device: torch.device) -> Bank:
     return Bank(bank.features.to(device), bank.labels.to(device), bank.index)
 
 
-def run(args: Args, dist: Dist) -> None:
-    protocol, folder = settings(args), features_folder(args)
-    subject = open_subject(args, dist, resize=protocol.resize, crop=protocol.crop, interpolation=protocol.interpolation)
-    out = result_path(args, args.protocol, args.out)
-    found = take(args, subject, dist, args.parts, folder=folder, check=lambda data: checked_classes(data["train"], data["val"], args.data))
-    if not dist.is_main:
-        return
-    train, val = (at_hand(found[name].store.bank(), dist.device) for name in ("train", "val"))
+def trained(found: Mapping[str, Part], protocol: LogisticRegression, args: Args, device: torch.device) -> dict[str, object]:
+    """The numbers, percent.  ConfigError when the regression diverges."""
+    train, val = (at_hand(found[name].store.bank(), device) for name in ("train", "val"))
     loaders = {name: part.loader for name, part in found.items()}
     head = new_head(train.features.shape[1], checked_classes(loaders["train"], loaders["val"], args.data), protocol, args.seed)
     with tqdm(total=protocol.epochs, unit="epoch", leave=False, disable=not sys.stderr.isatty()) as bar:
@@ -148,39 +146,41 @@ def run(args: Args, dist: Dist) -> None:
             bar.update()
             bar.set_postfix_str(f"loss {epoch.loss:.3f}, top-1 {epoch.val.top1[0]:.2f} %")
 
-        epochs = fit(head.to(dist.device), train, val, protocol, after)
+        epochs = fit(head.to(device), train, val, protocol, after)
     top1, top5 = ([top[0] for top in tops] for tops in zip(*((e.val.top1, e.val.top5) for e in epochs), strict=True))
     best = int(np.argmax(top1))
     if not math.isfinite(epochs[-1].loss):
         raise ConfigError(f"The regression diverged with --lr {protocol.lr}. Take a smaller one.")
-    standard = LogisticRegression().epochs
-    name = protocol.name + ("" if protocol.epochs == standard else f", {protocol.epochs} of {standard} epochs")
-    result = {
-        "top1_last": top1[-1],
-        "top5_last": top5[-1],
-        "top1_best": top1[best],
-        "top5_best": max(top5),
-        "best_epoch": best + 1,
-    }
-    how = {n: getattr(protocol, n) for n in ("epochs", "batch_size", "lr", "weight_decay")} | {"seed": args.seed} | shown(args, subject)
-    sizes = {f"num_{part}": loader.num_samples for part, loader in loaders.items()}
-    if out is not None:
-        report = {"per_class": epochs[-1].val.per_class(0, loaders["val"].classes), "loss_last": epochs[-1].loss, "features": str(folder)}
-        write_result(out, {"protocol": protocol.name} | subject.origin | result | sizes | how | report)
-    print(subject)
-    print(f"{name}  top-1 {result['top1_last']:.2f} %, top-5 {result['top5_last']:.2f} % after the last epoch")
-    print(f"{name}  top-1 {result['top1_best']:.2f} % at best, after epoch {best + 1}; top-5 {result['top5_best']:.2f} %")
-    print(table_line(subject.origin, name, f"{result['top1_last']:.2f} (best {result['top1_best']:.2f})"))
-    print(", ".join(f"{n} {v}" for n, v in (sizes | how).items()) + f"; features in {folder}" + (f"; written to {out}" if out else ""))
+    result = {"top1_last": top1[-1], "top5_last": top5[-1], "top1_best": top1[best], "top5_best": max(top5), "best_epoch": best + 1}
+    return result | {"loss_last": epochs[-1].loss, "per_class": epochs[-1].val.per_class(0, loaders["val"].classes)}
+
+
+def run(args: Args, dist: Dist) -> None:
+    protocol = settings(args)
+    subject = open_subject(args, dist)
+    recipe, folder = args.recipe(subject, protocol), features_folder(args, subject)
+    out = result_path(args, subject, args.protocol, args.out)
+    found = take(
+        args, subject, recipe, dist, args.parts, folder=folder, check=lambda parts: checked_classes(parts["train"], parts["val"], args.data)
+    )
+    result, lines = {}, []
+    with together(dist, folder):
+        if dist.is_main:
+            result = trained(found, protocol, args, dist.device)
+    if dist.is_main:
+        name = args.run_as(protocol, LogisticRegression())
+        how = {n: getattr(protocol, n) for n in ("epochs", "batch", "lr", "weight_decay")} | {"seed": args.seed} | shown(args, recipe)
+        sizes = {f"num_{part}": f.loader.num_samples for part, f in found.items()}
+        best = f"top-1 {result['top1_best']:.2f} % at best, after epoch {result['best_epoch']}; top-5 {result['top5_best']:.2f} %"
+        lines = [str(subject), f"{name}  top-1 {result['top1_last']:.2f} %, top-5 {result['top5_last']:.2f} % after the last epoch"]
+        lines += [f"{name}  {best}", table_line(subject.origin, name, f"{result['top1_last']:.2f} (best {result['top1_best']:.2f})")]
+        lines.append(", ".join(f"{n} {v}" for n, v in (sizes | how).items()) + f"; features in {folder}")
+        result = {"protocol": protocol.name, "run_as": name} | subject.origin | sizes | how | {"features": str(folder)} | result
+    publish(result, lines, out, dist)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = tyro.cli(Args, prog="python -m eval.logreg", args=argv)
-    try:
-        with session() as dist:
-            run(args, dist)
-    except (CheckpointError, ConfigError, DataError) as error:
-        sys.exit(str(error))
+    command.main(Args, run, "eval.logreg", argv)
 
 
 if __name__ == "__main__":

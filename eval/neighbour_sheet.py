@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from eval.extract import Part
 from eval.neighbours import search
+from eval.results import together
 from fastssl.distributed import Dist
 from fastssl.pictures import CAPTION, CELL, COLOURS, FRAME, GAP, MARGIN, framed, write
 from loaders.build import EvalLoader
@@ -31,11 +32,12 @@ def draw(path: Path, bank: Part, query: Part, *, title: str, dist: Dist) -> None
     mine = query.bank[torch.isin(query.bank.index, shown.to(query.bank.index.device))]
     near = search(bank.bank, mine, k=NEIGHBOURS, dist=dist)
     rows = dist.gather_objects([t.cpu().numpy() for t in (mine.index, mine.labels, near.index, near.label, near.value)])
-    if dist.is_main:
-        columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
-        order = columns[0].argsort()
-        page = sheet(title, bank.loader, query.loader, *(column[order] for column in columns), dist)
-        write(path, lambda partial: page.save(partial, format="PNG"))
+    with together(dist, path):
+        if dist.is_main:
+            columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
+            order = columns[0].argsort()
+            page = sheet(title, bank.loader, query.loader, *(column[order] for column in columns), dist)
+            write(path, lambda partial: page.save(partial, format="PNG"))
 
 
 def sheet(

@@ -1,33 +1,32 @@
-"""Training linear classifiers on a frozen backbone: epochs, evaluations, what is kept, and going on after an interruption."""
+"""Training linear classifiers on a frozen backbone: an epoch, its evaluation, and which classifiers are kept."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+import zlib
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from pathlib import Path
 
 import torch
 
 from eval.accuracy import Accuracy, accuracy
-from eval.features import extracted, width
+from eval.epochs import Epochs, LabelledData, open_labelled
+from eval.features import Bank, SharedFeatures, extracted, width
 from eval.heads import Heads
-from eval.labels import checked_classes
 from eval.linear_protocols import LinearProtocol, Setting
 from fastssl.augment.augmenter import Augmenter
 from fastssl.batch import ImageBatch
-from fastssl.checkpoint import CheckpointError, atomic_save
+from fastssl.checkpoint import CheckpointError
 from fastssl.config import ConfigError
 from fastssl.distributed import Dist
 from fastssl.losses.collectives import gathered
 from fastssl.models.features import Backbone
 from fastssl.models.weights import weights_digest
-from fastssl.views import CenterCrop, Crop, Photometric, View
-from loaders.build import EvalLoader, TrainLoader, build_eval_loader, build_loader
+from fastssl.views import Crop, Photometric, View
+from loaders.build import EvalLoader, TrainLoader
 
-FORMAT = "fastssl-linear-1"
+FORMAT = "fastssl-linear-2"
 PUBLISHED, BEST = "published", "best of all settings"
 
 
@@ -59,14 +58,8 @@ class Record:
 
 
 @dataclass
-class ProbeData:
-    """The images to learn from and to measure with, and their crops."""
-
-    train: TrainLoader
-    val: EvalLoader
+class ProbeData(LabelledData):
     train_crops: Augmenter
-    val_crops: Augmenter
-    num_classes: int
     micro_batches: int
     """Forward passes of a step."""
 
@@ -86,30 +79,23 @@ def open_data(
     protocol: LinearProtocol,
     *,
     dist: Dist,
-    subset: str = "",
-    queries: str = "",
     forward: int = 256,
     dtype: torch.dtype = torch.float32,
-    backend: str = "auto",
-    workers: int = 0,
     seed: int = 0,
     normalisation: Photometric | None = None,
+    **reading,
 ) -> ProbeData:
     """Arguments as on the command line of eval.linear.  ConfigError or DataError for what cannot be learned or measured.
 
-    normalisation: its mean and std, default ImageNet's.
+    normalisation   its mean and std, default ImageNet's
+    reading         subset, queries, backend, workers
     """
-    micro = micro_batches(protocol.batch, dist, forward)
-    reading = {"dist": dist, "backend": backend, "workers": workers}
-    plain = normalisation or Photometric()
-    train_spec = (View(crop=Crop(size=protocol.crop), photometric=plain),)
-    centre = CenterCrop(size=protocol.crop, resize=protocol.resize, interpolation=protocol.interpolation)
-    val_spec = (View(crop=centre, photometric=plain),)
-    batches = {"batch": protocol.batch // dist.world // micro, "accumulation_steps": micro, "last_batch": "keep"}
-    train = build_loader(path, "train", train_spec, **reading, **batches, seed=seed, subset=subset)
-    val = build_eval_loader(path, "train" if queries else "val", val_spec, **reading, batch=forward, subset=queries)
-    train_crops, val_crops = (Augmenter(spec, device=dist.device, dtype=dtype, seed=seed) for spec in (train_spec, val_spec))
-    return ProbeData(train, val, train_crops, val_crops, checked_classes(train, val, path), micro)
+    passes = micro_batches(protocol.batch, dist, forward)
+    spec = (View(crop=Crop(size=protocol.crop), photometric=normalisation or Photometric()),)
+    batches = {"batch": protocol.batch // dist.world // passes, "passes": passes, "last_batch": "keep", "forward": forward}
+    options = {"dist": dist, "dtype": dtype, "seed": seed, "normalisation": spec[0].photometric}
+    data = open_labelled(path, spec, protocol, **batches, **options, **reading)
+    return ProbeData(**vars(data), train_crops=Augmenter(spec, device=dist.device, dtype=dtype, seed=seed), micro_batches=passes)
 
 
 class _Epoch:
@@ -126,9 +112,10 @@ class _Epoch:
 
 
 @dataclass
-class Probe:
-    """A linear evaluation; `run` trains what is left of it."""
+class Probe(Epochs):
+    """A linear evaluation.  CheckpointError for features that are not finite."""
 
+    format = FORMAT
     backbone: Backbone
     protocol: LinearProtocol
     settings: Sequence[Setting]
@@ -140,6 +127,7 @@ class Probe:
     """Of features."""
     dtype: torch.dtype
     seed: int = 0
+    shared: SharedFeatures = field(default_factory=lambda: SharedFeatures(0))
     history: list[Record] = field(default_factory=list)
     kept: dict[str, Kept] = field(default_factory=dict)
 
@@ -148,33 +136,14 @@ class Probe:
         size = width(self.backbone, self.kind), self.data.num_classes
         self.heads = Heads(self.settings, *size, dist=self.dist, seed=self.seed)
 
-    def run(self, state_file: Path | None, identity: dict[str, object], say: Callable[[str], None]) -> None:
-        """Train the epochs that are left, evaluating as the protocol does; after each epoch the state is saved, atomically.
+    def steps_per_epoch(self) -> int:
+        return self.data.train.steps_per_epoch
 
-        state_file   where; None: nowhere.  It is removed when all is done
-        identity     what must be equal for a saved state to be continued
-
-        CheckpointError for features that are not finite; ConfigError for the state of another evaluation.
-        """
-        if state_file is not None and state_file.exists():
-            self._resume(state_file, identity)
-            say(f"continuing {state_file} after epoch {len(self.history)}")
-        done, total, steps = len(self.history), self.protocol.epochs, self.data.train.steps_per_epoch
-        with closing(self.data.train.from_step(done * steps)) as batches:
-            for epoch in range(done, total):
-                record = Record(epoch + 1, self.train_epoch(batches, epoch))
-                if self.protocol.evaluated(epoch):
-                    self._keep(record, self.evaluate())
-                self.history.append(record)
-                if epoch == done:
-                    self.check_frozen()
-                if state_file is not None and self.dist.is_main:
-                    atomic_save(self.state_dict(identity), state_file)
-                say(self.line(record))
-        self.check_frozen()
-        self.dist.barrier()  # before the file goes, every rank has read it
-        if state_file is not None and self.dist.is_main:
-            state_file.unlink(missing_ok=True)
+    def epoch(self, batches: Iterator[ImageBatch], number: int) -> Record:
+        record = Record(number + 1, self.train_epoch(batches, number))
+        if self.protocol.evaluated(number):
+            self._keep(record, self.evaluate())
+        return record
 
     def train_epoch(self, batches: Iterator[ImageBatch], epoch: int) -> list[float]:
         """One epoch of every classifier -> their losses [K]."""
@@ -183,7 +152,8 @@ class Probe:
         finite = torch.ones((), dtype=torch.bool, device=self.dist.device)
         epoch_batches = _Epoch(batches, data.train.steps_per_epoch * data.micro_batches)
         what = f"epoch {epoch + 1}/{self.protocol.epochs}"
-        for part in extracted(self.backbone, epoch_batches, data.train_crops, self.dtype, kind=self.kind, what=what):
+        key = ("train", *self._key(data.train), self.protocol.batch, data.micro_batches, self.seed, epoch)
+        for part in self.shared.of(key, lambda: self._extracted(epoch_batches, data.train_crops, what)):
             parts.append(part)
             if len(parts) < data.micro_batches:
                 continue
@@ -204,10 +174,18 @@ class Probe:
             raise CheckpointError("The backbone gives features that are not finite: the run diverged, or --dtype is too narrow for it.")
 
     def evaluate(self) -> Accuracy:
-        parts = extracted(self.backbone, self.data.val, self.data.val_crops, self.dtype, kind=self.kind, what="validation")
+        key = ("val", *self._key(self.data.val), self.protocol.resize, self.protocol.interpolation)
+        parts = self.shared.of(key, lambda: self._extracted(self.data.val, self.data.val_crops, "validation"))
         return accuracy(((self.heads(p.features), p.labels.long()) for p in parts), self.data.num_classes, self.dist)
 
-    def check_frozen(self) -> None:
+    def _extracted(self, loader: Iterable[ImageBatch], crops: Augmenter, what: str) -> Iterator[Bank]:
+        return extracted(self.backbone, loader, crops, self.dtype, kind=self.kind, what=what)
+
+    def _key(self, loader: TrainLoader | EvalLoader) -> tuple[Hashable, ...]:
+        """What the features of a pass depend on, beside what is of its split alone."""
+        return self.digest, self.kind, self.dtype, self.protocol.crop, zlib.crc32(loader.ids.tobytes())
+
+    def check(self) -> None:
         """RuntimeError where anything has changed the backbone (the check of MoCo's evaluations)."""
         if weights_digest(self.backbone) != self.digest:
             raise RuntimeError("The frozen backbone has changed during its evaluation.")
@@ -234,23 +212,10 @@ class Probe:
         best = max((k.top1 for k in self.kept.values()), default=math.nan)
         return f"epoch {record.epoch}/{self.protocol.epochs}  {lr}  {what} {loss:.4f}{accuracies}  kept {best:.2f} %"
 
-    def state_dict(self, identity: dict[str, object]) -> dict:
-        kept = {what: asdict(k) for what, k in self.kept.items()}
-        history = [asdict(r) for r in self.history]
-        return {"format": FORMAT, "identity": identity, "heads": self.heads.state_dict(), "history": history, "kept": kept}
+    def state_dict(self) -> dict:
+        return {"heads": self.heads.state_dict(), "kept": {what: asdict(k) for what, k in self.kept.items()}}
 
-    def _resume(self, path: Path, identity: dict[str, object]) -> None:
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            theirs = saved["identity"]
-        except Exception as error:
-            raise CheckpointError(f"{path} cannot be continued from ({type(error).__name__}). Delete it to start again.") from error
-        if different := [n for n in {**theirs, **identity} if theirs.get(n) != identity.get(n)]:
-            shown = ", ".join(f"{n} was {theirs.get(n)} and is {identity.get(n)}" for n in different)
-            raise ConfigError(
-                f"{path} is of an unfinished evaluation with other settings: {shown}. Finish it with those, delete it, or write elsewhere "
-                f"with --out FILE.json."
-            )
-        self.heads.load_state_dict(saved["heads"])
-        self.history = [Record(**r) for r in saved["history"]]
-        self.kept = {what: Kept(**k) for what, k in saved["kept"].items()}
+    def load_state_dict(self, state: dict) -> None:
+        self.heads.load_state_dict(state["heads"])
+        self.history = [Record(**r) for r in state["history"]]
+        self.kept = {what: Kept(**k) for what, k in state["kept"].items()}

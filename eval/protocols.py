@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 
@@ -69,7 +66,7 @@ class LogisticRegression:
 
     name: str = "logreg/sfrik"
     epochs: int = 100
-    batch_size: int = 256
+    batch: int = 256
     lr: float = 0.4
     sgd_momentum: float = 0.9
     weight_decay: float = 1e-6
@@ -77,20 +74,3 @@ class LogisticRegression:
     resize: int = 256
     crop: int = 224
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-
-
-def table_line(origin: Mapping[str, object], protocol: str, number: str) -> str:
-    """A line for a table of results in Markdown: what was evaluated, the protocol, the number."""
-    what = " ".join(str(origin[name]) for name in ("method", "arch", "network") if origin[name] is not None)
-    step = "" if origin["step"] is None else f", step {origin['step']}"
-    return f"| {what}{step} | {protocol} | {number} |"
-
-
-def write_result(path: Path, result: dict) -> None:
-    """Write one evaluation's JSON; the file appears under its name only when complete."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

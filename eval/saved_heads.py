@@ -22,12 +22,12 @@ from loaders.build import build_eval_loader
 from loaders.errors import DataError
 
 
-def save_heads(path: Path, probe: Probe) -> None:
+def save_heads(path: Path, probe: Probe, run_as: str) -> None:
     """The published setting's classifier and the best of all, and what they are of; readable with torch.load(weights_only=True)."""
     protocol, kept = probe.protocol, [probe.kept[what] for what in (PUBLISHED, BEST) if what in probe.kept]
     about = [{"what": k.what, "epoch": k.epoch, "top1": k.top1} | asdict(probe.settings[k.setting]) for k in kept]
     classes = probe.data.train.classes
-    saved = {"format": FORMAT, "protocol": protocol.name, "run_as": str(protocol), "features": probe.kind, "weights": probe.digest}
+    saved = {"format": FORMAT, "protocol": protocol.name, "run_as": run_as, "kind": probe.kind, "weights": probe.digest}
     saved |= {"crop": protocol.crop, "resize": protocol.resize, "interpolation": protocol.interpolation, "dtype": probe.dtype}
     saved |= {"classes": None if classes is None else list(classes), "about": about}
     atomic_save(saved | {name: torch.stack([getattr(k, name) for k in kept]) for name in ("weight", "bias")}, path)
@@ -50,7 +50,7 @@ def measure_saved(
     CheckpointError when the file is none, or of another backbone; DataError for other classes.
     """
     saved = _read(path)
-    check_kind(backbone, saved["features"])
+    check_kind(backbone, saved["kind"])
     if saved["weights"] != weights_digest(backbone):
         raise CheckpointError(
             f"{path} was trained on another backbone than this one. Give the checkpoint (and --network) it was trained on."
@@ -62,19 +62,20 @@ def measure_saved(
     if loader.labels is None:
         raise DataError(f"The {split} split of {data_path} has no labels. Give labelled data with --data.")
     weight, bias = (saved[name].to(dist.device) for name in ("weight", "bias"))
-    if weight.shape[2] != width(backbone, saved["features"]):
+    if weight.shape[2] != width(backbone, saved["kind"]):
         raise CheckpointError(f"{path} takes {weight.shape[2]} features, and this backbone gives {width(backbone, saved['features'])}.")
     check_same_classes(saved["classes"], loader.classes, data_path)
     check_labels(loader, weight.shape[1], f"The labels of {data_path}")
 
     augment = Augmenter(spec, device=dist.device, dtype=saved["dtype"], seed=0)
-    parts = extracted(backbone, loader, augment, saved["dtype"], kind=saved["features"], what="validation")
+    parts = extracted(backbone, loader, augment, saved["dtype"], kind=saved["kind"], what="validation")
     found = accuracy(((logits(p.features, weight, bias), p.labels.long()) for p in parts), weight.shape[1], dist)
     scores = [{**about, "top1": found.top1[k], "top5": found.top5[k]} for k, about in enumerate(saved["about"])]
-    result = {"protocol": saved["protocol"], "run_as": f"{saved['run_as']}, head of {path}", "head": str(path), **scores[0]}
+    run_as = f"{saved['run_as']}, head of {path}" + (f", queries {queries}" if queries else "")
+    result = {"protocol": saved["protocol"], "run_as": run_as, "head": str(path), **scores[0]}
     if len(scores) > 1:
         result["best_of_sweep"] = scores[1]
-    result |= {name: saved[name] for name in ("features", "weights", "crop", "resize", "interpolation")}
+    result |= {name: saved[name] for name in ("kind", "weights", "crop", "resize", "interpolation")}
     return result | {"queries": queries, "num_val": loader.num_samples, "per_class": found.per_class(0, saved["classes"])}
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from eval.features import Bank
-from eval.protocols import write_result
+from eval.results import together, write_result
 from fastssl.distributed import Dist
 from loaders.build import EvalLoader
 from loaders.errors import DataError
@@ -49,26 +49,26 @@ class Store:
     def fill(self, loader: EvalLoader, run: Callable[[EvalLoader], Iterable[Bank]], width: int, dist: Dist) -> None:
         """Extract what is not on the disk yet.  Every rank calls it.
 
-        run: the features of a loader, batch after batch.  DataError when the folder holds the features of something else, or
-        cannot be written.
+        run: the features of a loader, batch after batch.  DataError when the folder holds the features of something else, ConfigError
+        when it cannot be written.
         """
         manifest = self._manifest(loader, width)
         dist.barrier()
-        if dist.is_main:
-            self._prepare(manifest, loader, width)
-        dist.barrier()
+        with together(dist, self.folder):
+            if dist.is_main:
+                self._prepare(manifest, loader, width)
         done = np.zeros(loader.num_samples, bool)
         for first, end in json.loads(self.path("json").read_text())["done"]:
             done[first:end] = True
         left = np.flatnonzero(~done)
         if not len(left):
             return
-        self._write(loader.part(left), run, loader.ids, dist)
-        dist.barrier()
-        if dist.is_main:
-            write_result(self.path("json"), manifest | {"done": [[0, loader.num_samples]]})
-            self._forget_ranks()
-        dist.barrier()
+        with together(dist, self.folder):
+            self._write(loader.part(left), run, loader.ids, dist)
+        with together(dist, self.folder):
+            if dist.is_main:
+                write_result(self.path("json"), manifest | {"done": [[0, loader.num_samples]]})
+                self._forget_ranks()
 
     def bank(self, dist: Dist | None = None) -> Bank:
         """The features; with `dist` this rank's equal share of the rows, on its device.  Read from the disk as they are used."""
@@ -97,18 +97,15 @@ class Store:
         return manifest | {"done": done}
 
     def _prepare(self, manifest: dict, loader: EvalLoader, width: int) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self.path("json").exists():
-                _reserve(self.path("features.npy"), (loader.num_samples, width))
-                np.save(self.path("index.npy"), loader.ids)
-                self.path("labels.npy").unlink(missing_ok=True)
-                if loader.labels is not None:
-                    np.save(self.path("labels.npy"), loader.labels.astype(np.int64))
-            write_result(self.path("json"), manifest)
-            self._forget_ranks()
-        except OSError as error:
-            raise DataError(f"Features cannot be written to {self.folder} ({error}). Choose another folder, or free some space.") from error
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.path("json").exists():
+            _reserve(self.path("features.npy"), (loader.num_samples, width))
+            np.save(self.path("index.npy"), loader.ids)
+            self.path("labels.npy").unlink(missing_ok=True)
+            if loader.labels is not None:
+                np.save(self.path("labels.npy"), loader.labels.astype(np.int64))
+        write_result(self.path("json"), manifest)
+        self._forget_ranks()
 
     def _write(self, loader: EvalLoader, run: Callable[[EvalLoader], Iterable[Bank]], ids: np.ndarray, dist: Dist) -> None:
         out = np.load(self.path("features.npy"), mmap_mode="r+")

@@ -1,15 +1,14 @@
-"""Training a whole network with a new classifier: epochs, evaluations, and going on after an interruption."""
+"""Training a whole network with a new classifier: an epoch, its steps and its evaluation."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +18,16 @@ from tqdm import tqdm
 
 from eval.accuracy import Accuracy, accuracy
 from eval.classifier import Classifier
-from eval.labels import checked_classes
+from eval.epochs import Epochs, LabelledData, open_labelled
 from eval.training_images import TrainingImages
 from eval.tuning_protocols import TuningProtocol
-from fastssl.augment.augmenter import Augmenter
 from fastssl.batch import ImageBatch
-from fastssl.checkpoint import CheckpointError, atomic_save
 from fastssl.config import ConfigError
 from fastssl.distributed import Dist
 from fastssl.models.features import Backbone
 from fastssl.models.norm import broadcast_running_statistics
 from fastssl.models.weights import weights_digest
-from fastssl.recipes import center_crop
 from fastssl.views import Photometric
-from loaders.build import EvalLoader, TrainLoader, build_eval_loader, build_loader
-from loaders.open import Backend
 
 FORMAT = "fastssl-tuning-1"
 
@@ -52,14 +46,8 @@ class Record:
 
 
 @dataclass
-class TuningData:
-    """The images to learn from and to measure with."""
-
-    train: TrainLoader
-    val: EvalLoader
+class TuningData(LabelledData):
     images: TrainingImages
-    val_crops: Augmenter
-    num_classes: int
     passes: int
     """Forward passes of a step."""
     steps_per_epoch: int
@@ -91,34 +79,31 @@ def open_data(
     *,
     dist: Dist,
     normalisation: Photometric,
-    queries: str = "",
     forward: int = 1024,
-    backend: Backend = "auto",
-    workers: int = 0,
     seed: int = 0,
+    **reading,
 ) -> TuningData:
-    """Arguments as on the command line.  ConfigError or DataError for what cannot be learned or measured."""
+    """Arguments as on the command line.  ConfigError or DataError for what cannot be learned or measured.
+
+    reading   queries, backend, workers
+    """
     batch, passes = shared_step(protocol, dist, forward)
-    reading = {"dist": dist, "backend": backend, "workers": workers}
-    batches = {"batch": batch, "accumulation_steps": passes, "last_batch": protocol.last_batch, "seed": seed}
-    train = build_loader(path, "train", TrainingImages.spec(protocol, normalisation), **reading, **batches, subset=protocol.subset)
-    plain = Photometric(mean=normalisation.mean, std=normalisation.std)
-    (view,) = center_crop(size=protocol.crop, resize=protocol.resize, interpolation=protocol.interpolation)
-    val_spec = (type(view)(crop=view.crop, photometric=plain),)
-    val = build_eval_loader(path, "train" if queries else "val", val_spec, **reading, batch=min(forward, 256), subset=queries)
-    num_classes = checked_classes(train, val, path)
-    images = TrainingImages(protocol, plain, num_classes, dist=dist, seed=seed, threads=train.workers)
-    val_crops = Augmenter(val_spec, device=dist.device, dtype=torch.float32, seed=seed)
-    steps = train.steps_per_epoch
+    spec = TrainingImages.spec(protocol, normalisation)
+    batches = {"batch": batch, "passes": passes, "last_batch": protocol.last_batch, "forward": min(forward, 256)}
+    options = {"dist": dist, "seed": seed, "normalisation": normalisation, "subset": protocol.subset}
+    data = open_labelled(path, spec, protocol, **batches, **options, **reading)
+    images = TrainingImages(protocol, normalisation, data.num_classes, dist=dist, seed=seed, threads=data.train.workers)
+    steps = data.train.steps_per_epoch
     if protocol.repeats > 1:
-        steps = max(1, train.num_samples // (batch * passes * dist.world * protocol.repeats))
-    return TuningData(train, val, images, val_crops, num_classes, passes, steps)
+        steps = max(1, data.train.num_samples // (batch * passes * dist.world * protocol.repeats))
+    return TuningData(**vars(data), images=images, passes=passes, steps_per_epoch=steps)
 
 
 @dataclass
-class Tuning:
-    """An end-to-end evaluation; `run` trains what is left of it.  The backbone becomes part of the classifier."""
+class Tuning(Epochs):
+    """An end-to-end evaluation.  The backbone becomes part of the classifier.  ConfigError when the training diverges."""
 
+    format = FORMAT
     backbone: Backbone
     protocol: TuningProtocol
     data: TuningData
@@ -142,33 +127,17 @@ class Tuning:
     def best(self) -> Record:
         return max((r for r in self.history if r.top1 is not None), key=lambda r: r.top1)
 
-    def run(self, state_file: Path | None, identity: dict[str, object], say: Callable[[str], None]) -> None:
-        """Train the epochs that are left, evaluating as the protocol does; after each epoch the state is saved, atomically.
+    def steps_per_epoch(self) -> int:
+        return self.data.steps_per_epoch
 
-        state_file   where; None: nowhere.  It is removed when all is done
-        identity     what must be equal for a saved state to be continued
-
-        ConfigError when the training diverges, and for the state of another evaluation.
-        """
-        if state_file is not None and state_file.exists():
-            self._resume(state_file, identity)
-            say(f"continuing {state_file} after epoch {len(self.history)}")
-        done, steps = len(self.history), self.data.steps_per_epoch
-        with closing(self.data.train.from_step(done * steps)) as batches:
-            for epoch in range(done, self.protocol.epochs):
-                record = Record(epoch + 1, self.train_epoch(batches, epoch))
-                if self.protocol.evaluated(epoch):
-                    found = self.evaluate()
-                    record.top1, record.top5 = found.top1[0], found.top5[0]
-                    if record.top1 > max((r.top1 for r in self.history if r.top1 is not None), default=-1.0):
-                        record.per_class = found.per_class(0, self.data.train.classes)
-                self.history.append(record)
-                if state_file is not None and self.dist.is_main:
-                    atomic_save(self.state_dict(identity), state_file)
-                say(self.line(record))
-        self.dist.barrier()  # before the file goes, every rank has read it
-        if state_file is not None and self.dist.is_main:
-            state_file.unlink(missing_ok=True)
+    def epoch(self, batches: Iterator[ImageBatch], number: int) -> Record:
+        record = Record(number + 1, self.train_epoch(batches, number))
+        if self.protocol.evaluated(number):
+            found = self.evaluate()
+            record.top1, record.top5 = found.top1[0], found.top5[0]
+            if record.top1 > max((r.top1 for r in self.history if r.top1 is not None), default=-1.0):
+                record.per_class = found.per_class(0, self.data.train.classes)
+        return record
 
     def train_epoch(self, batches: Iterator[ImageBatch], epoch: int) -> float:
         """-> the loss."""
@@ -225,27 +194,14 @@ class Tuning:
         return torch.autocast(self.dist.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16))
 
     def line(self, record: Record) -> str:
-        """One epoch in words."""
         lr = self.protocol.lr((record.epoch - 1) * self.data.steps_per_epoch, self.data.steps_per_epoch)
         accuracies = "" if record.top1 is None else f"  top-1 {record.top1:.2f} %  best {self.best.top1:.2f} %"
         return f"epoch {record.epoch}/{self.protocol.epochs}  lr {lr:.3g}  loss {record.loss:.4f}{accuracies}"
 
-    def state_dict(self, identity: dict[str, object]) -> dict:
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        return {"format": FORMAT, "identity": identity, "history": [asdict(r) for r in self.history], **parts}
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
 
-    def _resume(self, path: Path, identity: dict[str, object]) -> None:
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            theirs = saved["identity"]
-        except Exception as error:
-            raise CheckpointError(f"{path} cannot be continued from ({type(error).__name__}). Delete it to start again.") from error
-        if different := [n for n in {**theirs, **identity} if theirs.get(n) != identity.get(n)]:
-            shown = ", ".join(f"{n} was {theirs.get(n)} and is {identity.get(n)}" for n in different)
-            raise ConfigError(
-                f"{path} is of an unfinished evaluation with other settings: {shown}. Finish it with those, delete it, or write elsewhere "
-                f"with --out FILE.json."
-            )
+    def load_state_dict(self, state: dict) -> None:
         for name in ("model", "optimizer", "scaler"):
-            getattr(self, name).load_state_dict(saved[name])
-        self.history = [Record(**r) for r in saved["history"]]
+            getattr(self, name).load_state_dict(state[name])
+        self.history = [Record(**r) for r in state["history"]]

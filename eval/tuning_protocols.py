@@ -6,10 +6,11 @@ code does not state say "Inferred".  Where fp16 is said, a CPU computes in fp32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from eval.linear_protocols import LARGE
+from eval.results import run_as
 from fastssl.config import ConfigError
 from fastssl.optim.schedules import epoch_cosine, step_decay, timm_cosine, warmup_cosine, warmup_from_zero_cosine
 
@@ -111,15 +112,9 @@ class TuningProtocol:
         """For a backbone with so many features: some differ for ViT-B."""
         return replace(self, **OF_BASE.get(self.name, {})) if width >= LARGE else self
 
-    def differences(self, width: int) -> str:
-        """The name, and what differs from the published settings: "finetune/mae, 5 of 100 epochs"."""
-        published = TUNING_PROTOCOLS[self.name].of_width(width)
-        parts = [self.name] if self.epochs == published.epochs else [self.name, f"{self.epochs} of {published.epochs} epochs"]
-        for name in (f.name for f in fields(self) if f.name not in ("name", "epochs", "milestones", "warmup_epochs")):
-            ours, theirs = getattr(self, name), getattr(published, name)
-            if ours != theirs:
-                parts.append(f"{name} {ours} instead of {theirs or 'none'}")
-        return ", ".join(parts)
+    def run_as(self, width: int, **more: str) -> str:
+        """The name, what differs from the published settings, and `more`: "finetune/mae, 5 of 100 epochs"."""
+        return run_as(self, TUNING_PROTOCOLS[self.name].of_width(width), **more)
 
 
 def changed(protocol: TuningProtocol, *, epochs: int | None = None, **given: float | str | None) -> TuningProtocol:

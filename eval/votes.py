@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.accuracy import truth_rank
 from eval.features import Bank
 from eval.neighbours import CHUNK, Neighbours, search
 from eval.protocols import LewelMonitor
@@ -22,18 +23,6 @@ def votes(weight: Tensor, label: Tensor, num_classes: int) -> Tensor:
     for j in range(weight.shape[1]):
         out[row, label[:, j]] += weight[:, j]
     return out
-
-
-NO_RANK = 2**31
-
-
-def truth_rank(votes: Tensor, truth: Tensor) -> Tensor:
-    """How many classes are ranked before the true one [n]: by votes, equal ones by label.  A class unknown to the bank has no rank."""
-    classes = torch.arange(votes.shape[1], device=votes.device)
-    known = truth < votes.shape[1]
-    of_truth = votes.gather(1, torch.where(known, truth, 0)[:, None])
-    before = (votes > of_truth) | ((votes == of_truth) & (classes < truth[:, None]))
-    return torch.where(known, before.sum(1), NO_RANK)
 
 
 def _percent(hits: Sequence[int], count: int, dist: Dist) -> list[float]:
@@ -59,7 +48,7 @@ def knn(
     for value, label, truth in zip(near.value.split(CHUNK), near.label.split(CHUNK), query.labels.split(CHUNK), strict=True):
         weight = torch.exp(value / temperature)
         for n in k:
-            rank = truth_rank(votes(weight[:, :n], label[:, :n], num_classes), truth)
+            (rank,) = truth_rank(votes(weight[:, :n], label[:, :n], num_classes)[None], truth)
             hits[f"knn{n}_top1"] += int((rank < 1).sum())
             hits[f"knn{n}_top5"] += int((rank < (min(5, n) if top5_within_k else 5)).sum())
     return dict(zip(names, _percent(list(hits.values()), len(query), dist), strict=True))

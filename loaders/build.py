@@ -65,6 +65,8 @@ class TrainLoader:
         self.num_samples = order.num_samples
         """Of the data set, or of its subset."""
         self.steps_per_epoch = order.steps_per_epoch
+        self.ids = np.arange(len(decoder), dtype=np.int64) if ids is None else ids
+        """int64 [num_samples]: sample ids."""
         self.smallest_batch = order.batch_size(order.steps_per_epoch - 1) // (dist.world * accumulation_steps)
         """Images per rank and micro-batch in the last step of an epoch."""
         self.labels = _part(decoder.labels, ids)
@@ -203,7 +205,7 @@ def _open(
         raise DataError(f"A batch of {batch} images per rank is empty. Set a global batch size of at least one image per rank.")
     if prefetch < 1:
         raise DataError(f"{prefetch} batches cannot be decoded ahead. Set --efficiency.prefetch to at least 1.")
-    decoder = open_decoder(path, split, backend=backend, workers=_workers(workers, dist), device=dist.device, say=dist.rank == 0)
+    decoder = open_decoder(path, split, backend=backend, workers=decoder_threads(workers, dist), device=dist.device, say=dist.rank == 0)
     if not subset:
         return decoder, None
 
@@ -217,9 +219,12 @@ def _part(labels: np.ndarray | None, ids: np.ndarray | None) -> np.ndarray | Non
     return labels if labels is None or ids is None else labels[ids]
 
 
-def _workers(asked: int, dist: Dist) -> int:
+def decoder_threads(asked: int, dist: Dist) -> int:
+    """Threads of this rank; 0 asks for the cores divided by the ranks."""
     if asked < 0:
-        raise DataError(f"There cannot be {asked} decoder threads. Set --efficiency.workers to 0 (a share of the cores) or more.")
+        raise DataError(
+            f"There cannot be {asked} decoder threads. Set --workers (train.py: --efficiency.workers) to 0, a share of the cores, or more."
+        )
     cores = len(os.sched_getaffinity(0))
     if asked == 0:
         return min(max(1, cores // dist.local_world), MAX_WORKERS)

@@ -93,6 +93,18 @@ _TORCHVISION_VIT = (
     (r"\.mlp\.fc2\.", ".mlp.3."),
     (r"^blocks\.", "encoder.layers.encoder_layer_"),
 )
+_FROM_TORCHVISION_VIT = (
+    (r"^class_token$", "cls_token"),
+    (r"^encoder\.pos_embedding$", "pos_embed"),
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^encoder\.ln\.", "norm."),
+    (r"^encoder\.layers\.encoder_layer_", "blocks."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),  # linear_1, linear_2: of torchvision 0.12, also its released weights
+    (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
+)
 
 
 def mmseg_vit(key: str) -> str:
@@ -103,3 +115,8 @@ def mmseg_vit(key: str) -> str:
 def torchvision_vit(key: str) -> str:
     """blocks.0.attn.qkv.weight -> encoder.layers.encoder_layer_0.self_attention.in_proj_weight: torchvision's VisionTransformer."""
     return _apply(_TORCHVISION_VIT, key)
+
+
+def from_torchvision_vit(key: str) -> str:
+    """timm's name: the inverse of `torchvision_vit`.  Heads keep their names."""
+    return _apply(_FROM_TORCHVISION_VIT, key)

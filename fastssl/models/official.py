@@ -8,6 +8,7 @@ MoCo v2                            state_dict             module.encoder_q.*    
 MoCo v3, W2SSL                     state_dict             module.base_encoder.*           online
 SFRIK, VICReg                      model                  module.backbone.*               the only one
 MAE-style; DeiT exports            model                  no prefix                       the only one
+torchvision's ViTs           state_dict, or none    none (class_token, encoder.*)  the only one
 iBOT's, SFRIK's backbone; others   state_dict, or none    none, or encoder., trunk.       the only one
 
 Sources: the checkpoint sections of methods/{dino,ibot,sere,scfs,lewel,mocov2,mocov3,w2ssl,sfrik}.md.  Names behind the prefix are
@@ -24,12 +25,16 @@ from typing import Literal
 
 from torch import Tensor
 
+from fastssl.models import keymaps
+
 Network = Literal["auto", "online", "target"]
 
 # Of several that occur the first one counts: backbone.model. before backbone., of which it is a part.
 ONLINE = ("online_net.backbone.", "base_encoder.", "encoder_q.", "backbone.model.", "backbone.", "encoder.", "trunk.")
 TARGET = ("target_net.backbone.", "momentum_encoder.", "encoder_k.")
-HEADS = re.compile(r"(fc|head|fc_crop|fc_loc|layer\d_head|(channel|pixel)_sere(_local)?)\.|decoder_")
+HEADS = re.compile(r"(fc|heads?|fc_crop|fc_loc|layer\d_head|(channel|pixel)_sere(_local)?)\.|decoder_")
+TORCHVISION_VIT = "encoder.layers.encoder_layer_"
+"""Of torchvision's ViTs alone: their other names begin with `encoder.`, too, which is no prefix there."""
 MASKED = ("masked_embed", "mask_token")
 
 
@@ -56,6 +61,8 @@ def find_backbone(saved: Mapping, network: Network) -> Found | None:
     if not is_state(entry):
         return None
     names = {name: name.removeprefix("module.") for name in entry}
+    if any(name.startswith(TORCHVISION_VIT) for name in names.values()):
+        names = {name: keymaps.from_torchvision_vit(bare) for name, bare in names.items()}
     prefix = next((p for p in prefixes if any(n.startswith(p) for n in names.values())), "")
     if prefixes is TARGET and not prefix:
         raise LookupError("target")

@@ -19,9 +19,9 @@ from fastssl.models.features import Backbone
 from fastssl.models.official import Network, find_backbone
 
 KNOWN = (
-    "a run's checkpoint_last.pt or backbone.safetensors, a state dict of torchvision's ResNets or timm's ViTs and Swins (.pt, .pth or "
-    ".safetensors), a checkpoint that DINO, iBOT, SERE, SCFS, LEWEL, BYOL-EMAN, SFRIK, VICReg, W2SSL, MoCo v2 or v3 or MAE wrote, or "
-    "random:ARCH[:SEED]"
+    "a run's checkpoint_last.pt or backbone.safetensors, a state dict of torchvision's ResNets and ViTs or timm's ViTs and Swins (.pt, "
+    ".pth or .safetensors), a checkpoint that DINO, iBOT, SERE, SCFS, LEWEL, BYOL-EMAN, SFRIK, VICReg, W2SSL, MoCo v2 or v3 or MAE "
+    "wrote, or random:ARCH[:SEED]"
 )
 
 

@@ -10,7 +10,20 @@ import pytest
 
 from tests.conftest import environment
 
-FLAGS = ("--checkpoint", "random:resnet18:1", "--batch", "4", "--workers", "1", "--resize", "36", "--crop", "32", "--loader", "torchvision")
+FLAGS = (
+    "--checkpoint",
+    "random:resnet18:1",
+    "--forward",
+    "4",
+    "--workers",
+    "1",
+    "--resize",
+    "36",
+    "--crop",
+    "32",
+    "--loader",
+    "torchvision",
+)
 
 
 def run(module: str, ranks: int, *flags: str) -> None:

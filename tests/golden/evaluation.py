@@ -112,8 +112,9 @@ def reproduce_sfrik_logreg(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarra
         Bank(torch.from_numpy(arrays[f"{w}_features"]), torch.from_numpy(arrays[f"{w}_labels"]).long(), torch.arange(n))
         for w, n in ((w, len(arrays[f"{w}_labels"])) for w in ("train", "val"))
     )
-    numbers = {"epochs": int, "batch_size": int, "weight_decay": float}
-    protocol = replace(LogisticRegression(), lr=float(arrays["lr_head"]), **{n: kind(arrays[n]) for n, kind in numbers.items()})
+    sizes = {"epochs": int(arrays["epochs"]), "batch": int(arrays["batch_size"])}
+    rates = {"lr": float(arrays["lr_head"]), "weight_decay": float(arrays["weight_decay"])}
+    protocol = replace(LogisticRegression(), **sizes, **rates)
     head = new_head(train.features.shape[1], int(arrays["num_classes"]), protocol)
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(arrays["weight_init"]))

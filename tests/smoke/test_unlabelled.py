@@ -56,7 +56,7 @@ def test_training(unlabelled: Path, tmp_path: Path, caplog):
 def test_evaluation(unlabelled: Path):
     backbone = build_backbone("resnet18").eval()
     with pytest.raises(DataError, match="train split of .* has no labels, and k-NN needs them"):
-        evaluate(backbone, str(unlabelled), dist=ALONE, resize=32, crop=32, batch=4, workers=1)
+        evaluate(backbone, str(unlabelled), dist=ALONE, resize=32, crop=32, forward=4, workers=1)
     spec = center_crop(size=32, resize=36)
     loader = build_eval_loader(str(unlabelled), "val", spec, dist=ALONE, batch=5, workers=1)
     bank = extract(backbone, loader, Augmenter(spec, device="cpu", dtype=torch.float32, seed=0), torch.float32)

@@ -117,6 +117,17 @@ def test_timm_opens_the_folder(runs, tmp_path, arch):
 
 
 @torch.no_grad()
+def test_the_heads_of_mocov3_are_said(runs, tmp_path):
+    said = export(Args(runs["vit_tiny_patch8_mocov3"], "timm", tmp_path / "v.pth"))
+    assert f"timm.create_model(..., num_heads=12, num_classes=0, checkpoint_path='{tmp_path / 'v.pth'}')" in said
+    options = {"img_size": SIZE, "patch_size": 8, "num_heads": 12, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", **options, checkpoint_path=str(tmp_path / "v.pth")).eval()
+    same(model(images()), backbone_of("vit_tiny_patch8_mocov3")(images()).pooled)
+    assert "# no head, num_heads=12" in export(Args(runs["vit_tiny_patch8_mocov3"], "torchvision", tmp_path / "t.pth"))
+    assert "num_heads" not in export(Args(runs["vit_tiny_patch16"], "timm", tmp_path / "u.pth"))
+
+
+@torch.no_grad()
 def test_layer_scale_is_timms_only(tmp_path):
     torch.manual_seed(0)
     vit = build_backbone("vit_tiny_patch8", image_size=SIZE, layer_scale=0.5).eval()

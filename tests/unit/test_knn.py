@@ -8,11 +8,13 @@ from PIL import Image
 
 from eval import extract as extract_module
 from eval import knn as knn_module
+from eval.accuracy import NO_RANK, truth_rank
 from eval.features import Bank
 from eval.knn import evaluate
 from eval.neighbours import search
-from eval.protocols import KNN_PROTOCOLS, LewelMonitor, write_result
-from eval.votes import NO_RANK, keep_index, knn, lewel_monitor, majority_knn, truth_rank, votes
+from eval.protocols import KNN_PROTOCOLS, LewelMonitor
+from eval.results import write_result
+from eval.votes import keep_index, knn, lewel_monitor, majority_knn, votes
 from fastssl.distributed import Dist
 from fastssl.models.backbones import build_backbone
 
@@ -97,7 +99,7 @@ def test_weighted_votes_by_hand():
 
 def test_rank_of_the_truth():
     count = torch.tensor([[1.0, 3.0, 3.0, 0.0]]).expand(5, 4)
-    assert truth_rank(count, torch.tensor([0, 1, 2, 3, 9])).tolist() == [2, 0, 1, 3, NO_RANK]
+    assert truth_rank(count[None], torch.tensor([0, 1, 2, 3, 9])).tolist() == [[2, 0, 1, 3, NO_RANK]]
 
 
 def test_a_class_the_bank_does_not_know_is_a_miss():
@@ -158,11 +160,10 @@ def photographs(tmp_path_factory):
     return root
 
 
-def call(monkeypatch, capsys, *flags) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["eval.knn", *map(str, flags)])
+def call(capsys, *flags) -> tuple[int, str, str]:
     code = 0
     try:
-        knn_module.main()
+        knn_module.main([str(flag) for flag in flags])
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
@@ -171,20 +172,18 @@ def call(monkeypatch, capsys, *flags) -> tuple[int, str, str]:
     return code, out, err
 
 
-SMALL = ("--resize", 72, "--crop", 64, "--batch", 5, "--workers", 1)
+SMALL = ("--resize", 72, "--crop", 64, "--forward", 5, "--workers", 1)
 
 
-def test_command_line_writes_protocol_and_numbers(photographs, tmp_path, monkeypatch, capsys):
+def test_command_line_writes_protocol_and_numbers(photographs, tmp_path, capsys):
     out = tmp_path / "result.json"
-    code, shown, _ = call(
-        monkeypatch, capsys, "--checkpoint", "random:resnet18:1", "--data", photographs, "--out", out, "--k", 1, 18, *SMALL
-    )
+    code, shown, _ = call(capsys, "--checkpoint", "random:resnet18:1", "--data", photographs, "--out", out, "--k", 1, 18, *SMALL)
     assert code == 0
-    assert "knn/dino  knn1_top1 100.00 %" in shown
+    assert "knn/dino, resize 72 instead of 256, crop 64 instead of 224  knn1_top1 100.00 %" in shown
     result = json.loads(out.read_text())
     assert result["knn1_top1"] == 100.0
     assert set(result) == {
-        *("protocol", "checkpoint", "knn1_top1", "knn1_top5", "knn18_top1", "knn18_top5", "num_train", "num_val"),
+        *("protocol", "run_as", "checkpoint", "data", "knn1_top1", "knn1_top5", "knn18_top1", "knn18_top5", "num_train", "num_val"),
         *("arch", "method", "step", "network", "output_checksum", "resize", "crop", "interpolation", "kind", "dtype"),
     }
     assert (result["protocol"], result["num_train"], result["num_val"], result["arch"], result["step"]) == (
@@ -198,42 +197,43 @@ def test_command_line_writes_protocol_and_numbers(photographs, tmp_path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_part_of_the_training_set_as_bank(photographs, tmp_path, monkeypatch, capsys):
+def test_part_of_the_training_set_as_bank(photographs, tmp_path, capsys):
     out = tmp_path / "result.json"
     flags = ("--checkpoint", "random:resnet18:1", "--data", photographs, "--k", 1, *SMALL)
-    code, shown, _ = call(monkeypatch, capsys, *flags, "--out", out, "--subset", "first:3")
+    code, shown, _ = call(capsys, *flags, "--out", out, "--subset", "first:3")
     result = json.loads(out.read_text())
-    assert code == 0 and "subset first:3" in shown
+    assert code == 0 and "crop 64 instead of 224, subset first:3, k = 1 |" in shown and result["data"] == str(photographs)
     assert (result["num_train"], result["num_val"], result["subset"], result["knn1_top1"]) == (9, 9, "first:3", 100.0)
     for flag, message in (("first:7", "coarse has 6"), ("2percent", "is no subset")):
-        code, _, err = call(monkeypatch, capsys, *flags, "--subset", flag)
+        code, _, err = call(capsys, *flags, "--subset", flag)
         assert code == 1 and message in err
-    code, _, err = call(monkeypatch, capsys, *flags, "--protocol", "knn/lewel-monitor", "--subset", "first:3")
+    code, _, err = call(capsys, *flags, "--protocol", "knn/lewel-monitor", "--subset", "first:3")
     assert code == 1 and "leave --subset out" in err
 
 
-def test_a_separate_validation_set(photographs, tmp_path, monkeypatch, capsys):
+def test_a_separate_validation_set(photographs, tmp_path, capsys):
     """SFRIK's images for choosing hyper-parameters: behind the bank's in each class, one left out, and not those of val."""
     out = tmp_path / "result.json"
     flags = ("--checkpoint", "random:resnet18:1", "--data", photographs, "--k", 1, *SMALL, "--out", out, "--queries", "after:2")
-    code, shown, _ = call(monkeypatch, capsys, *flags, "--subset", "first:2")
+    code, shown, _ = call(capsys, *flags, "--subset", "first:2")
     result = json.loads(out.read_text())
     assert code == 0 and "subset first:2, queries after:2" in shown
     assert (result["num_train"], result["num_val"], result["queries"]) == (6, 6, "after:2")
-    code, _, err = call(monkeypatch, capsys, *flags)
-    assert code == 1 and "give it a part of its own with --subset" in err
-    code, _, err = call(monkeypatch, capsys, *flags, "--subset", "random:5")
-    assert code == 1 and "are in --subset random:5 and in --queries after:2: they would find themselves" in err
+    code, _, err = call(capsys, *flags)
+    assert code == 1 and "give them a part with --subset" in err
+    code, _, err = call(capsys, *flags, "--subset", "random:5")
+    assert code == 1 and "(--queries) are also among those to learn from (--subset): they would find themselves" in err
 
 
 def test_kept_features_and_a_picture(photographs, tmp_path, monkeypatch, capsys):
     flags = ("--checkpoint", "random:resnet18:1", "--data", photographs, "--k", 1, 3, *SMALL, "--protocol", "knn/sfrik")
     kept = ("--features", tmp_path / "features", "--picture", tmp_path / "near.png")
-    code, shown, _ = call(monkeypatch, capsys, *flags, *kept, "--out", tmp_path / "a.json")
-    assert code == 0 and "| resnet18 online, step 0 | knn/sfrik, k = 1 | 100.00 |" in shown
+    code, shown, _ = call(capsys, *flags, *kept, "--out", tmp_path / "a.json")
+    assert code == 0
+    assert "| resnet18 online, step 0 | knn/sfrik, resize 72 instead of 256, crop 64 instead of 224, k = 1 | 100.00 |" in shown
     # the images that the features are of are not looked at again
     monkeypatch.setattr(extract_module, "extracted", lambda *args, **options: pytest.fail("extracted again"))
-    code, _, _ = call(monkeypatch, capsys, *flags, *kept[:2], "--out", tmp_path / "b.json")
+    code, _, _ = call(capsys, *flags, *kept[:2], "--out", tmp_path / "b.json")
     assert code == 0 and (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
     result = json.loads((tmp_path / "a.json").read_text())
     assert (result["protocol"], result["kind"], result["knn1_top5"]) == ("knn/sfrik", "pooled", result["knn1_top1"])
@@ -243,23 +243,23 @@ def test_kept_features_and_a_picture(photographs, tmp_path, monkeypatch, capsys)
     assert near.tolist() == [0x2C, 0xA0, 0x2C]
 
 
-def test_banks_that_are_too_small(photographs, tmp_path, monkeypatch, capsys):
+def test_banks_that_are_too_small(photographs, tmp_path, capsys):
     flags = ("--checkpoint", "random:resnet18:1", *SMALL)
-    code, _, err = call(monkeypatch, capsys, *flags, "--data", photographs)
+    code, _, err = call(capsys, *flags, "--data", photographs)
     assert code == 1 and "200 neighbours are asked for, and the bank has 18 images" in err
+    code, _, err = call(capsys, *flags, "--data", photographs, "--protocol", "knn/lewel-monitor")
+    assert code == 1 and "20 neighbours are asked for, and the bank has 3 images" in err
     (tmp_path / "names").write_text("coarse/0.jpg\nfine/0.jpg\n")
-    code, _, err = call(monkeypatch, capsys, *flags, "--data", photographs, "--k", 1, "--subset", tmp_path / "names")
+    code, _, err = call(capsys, *flags, "--data", photographs, "--k", 1, "--subset", tmp_path / "names")
     assert code == 1 and "1 classes of the images to classify have no image in the bank" in err and "plain first" in err
 
 
-def test_command_line_of_the_monitor_writes_beside_the_checkpoint(photographs, tmp_path, monkeypatch, capsys):
+def test_command_line_of_the_monitor_writes_beside_the_checkpoint(photographs, tmp_path, capsys):
     weights = tmp_path / "weights.pth"
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18").state_dict(), weights)
-    code, shown, _ = call(
-        monkeypatch, capsys, "--checkpoint", weights, "--data", photographs, "--protocol", "knn/lewel-monitor", "--k", 1, *SMALL
-    )
-    result = json.loads((tmp_path / "weights.knn-lewel-monitor.json").read_text())
+    code, shown, _ = call(capsys, "--checkpoint", weights, "--data", photographs, "--protocol", "knn/lewel-monitor", "--k", 1, *SMALL)
+    result = json.loads((tmp_path / f"weights.knn-lewel-monitor.online.{photographs.name}.json").read_text())
     assert code == 0 and "knn/lewel-monitor" in shown
     assert result["protocol"] == "knn/lewel-monitor" and result["num_val"] == 9 and "num_train" not in result
     assert 0 <= result["knn1_top1"] <= 100
@@ -276,16 +276,16 @@ def test_command_line_of_the_monitor_writes_beside_the_checkpoint(photographs, t
         (("--out", "no-such-folder/x.json"), "cannot be written"),
     ],
 )
-def test_errors_are_one_paragraph(photographs, monkeypatch, capsys, flags, message):
+def test_errors_are_one_paragraph(photographs, capsys, flags, message):
     given = {"--checkpoint": "random:resnet18", "--data": photographs} | dict([flags])
-    code, out, err = call(monkeypatch, capsys, *SMALL, *(word for pair in given.items() for word in pair))
+    code, out, err = call(capsys, *SMALL, *(word for pair in given.items() for word in pair))
     assert code == 1 and message in err and "Traceback" not in err and out == ""
     assert len(err.strip().splitlines()) == 1
 
 
-def test_missing_validation_split_is_named(photographs, tmp_path, monkeypatch, capsys):
+def test_missing_validation_split_is_named(photographs, tmp_path, capsys):
     (tmp_path / "train").symlink_to(photographs / "train")
-    code, _, err = call(monkeypatch, capsys, "--checkpoint", "random:resnet18", "--data", tmp_path, *SMALL)
+    code, _, err = call(capsys, "--checkpoint", "random:resnet18", "--data", tmp_path, *SMALL)
     assert code == 1 and "val" in err
 
 
@@ -298,7 +298,7 @@ def test_unlabelled_data_is_refused(photographs, monkeypatch, capsys):
         return loader
 
     monkeypatch.setattr(extract_module, "build_eval_loader", unlabelled)
-    code, _, err = call(monkeypatch, capsys, "--checkpoint", "random:resnet18", "--data", photographs, *SMALL)
+    code, _, err = call(capsys, "--checkpoint", "random:resnet18", "--data", photographs, *SMALL)
     assert code == 1 and "no labels" in err
 
 
@@ -309,7 +309,7 @@ def test_evaluation_leaves_a_live_network_as_it_was(photographs):
     modes = {name: module.training for name, module in backbone.named_modules()}
     before = {name: t.clone() for name, t in backbone.state_dict().items()}
     state = torch.get_rng_state()
-    scores = evaluate(backbone, str(photographs), dist=ALONE, k=(1, 3), resize=72, crop=64, batch=4, workers=1)
+    scores = evaluate(backbone, str(photographs), dist=ALONE, k=(1, 3), resize=72, crop=64, forward=4, workers=1)
     assert set(scores) == {"knn1_top1", "knn1_top5", "knn3_top1", "knn3_top5"} and scores["knn1_top1"] == 100.0
     assert modes == {name: module.training for name, module in backbone.named_modules()}
     assert all(torch.equal(t, before[name]) for name, t in backbone.state_dict().items())

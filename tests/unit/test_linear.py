@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval import linear
+from eval import epochs, linear, probe, saved_heads
 from eval.accuracy import accuracy, truth_rank
+from eval.command import ORIGIN, Subject
+from eval.features import SharedFeatures
 from eval.heads import Heads
 from eval.labels import checked_classes
 from eval.linear_protocols import LINEAR_PROTOCOLS, Setting, changed
@@ -19,6 +21,7 @@ from fastssl.config import ConfigError
 from fastssl.distributed import Dist
 from fastssl.models.backbones import build_backbone
 from fastssl.models.weights import load_backbone
+from fastssl.views import Photometric
 from loaders.errors import DataError
 
 ALONE = Dist(0, 1, 0, 1, torch.device("cpu"))
@@ -131,7 +134,7 @@ def test_published_settings(name, vit, epochs, batch, lr, decay, reported):
     p = LINEAR_PROTOCOLS[f"linear/{name}"]
     (setting,) = p.settings(vit=vit)
     assert (p.epochs, p.batch, setting.weight_decay, p.reported, setting.optimizer) == (epochs, batch, decay, reported, "sgd")
-    assert setting.lr == pytest.approx(lr) and p.factor(0) == 1.0 and str(p) == p.name
+    assert setting.lr == pytest.approx(lr) and p.factor(0) == 1.0 and p.run_as() == p.name
     assert (p.resize, p.crop, p.interpolation) == (256, 224, "bicubic" if name in ("dino", "scfs", "ibot") else "bilinear")
 
 
@@ -142,7 +145,7 @@ def test_schedules_and_evaluations():
     assert dino.factor(50) == pytest.approx(0.5)
     assert [e + 1 for e in range(50) if lewel.evaluated(e)][-2:] == [46, 50]
     assert changed(lewel, epochs=5).milestones == (3, 4)
-    assert str(changed(dino, epochs=5, batch=64)) == "linear/dino, 5 of 100 epochs, batch 64 instead of 1024"
+    assert changed(dino, epochs=5, batch=64).run_as() == "linear/dino, 5 of 100 epochs, batch 64 instead of 1024"
     assert changed(dino, epochs=None, base_lr=0.5).settings(vit=True)[0].lr == 2.0
 
 
@@ -218,11 +221,12 @@ def test_command_line(class_folders, tmp_path, capsys):
     out = tmp_path / "r.json"
     flags = (*FLAGS, "--data", class_folders, "--out", out)
     shown, error = call(capsys, *flags, "--protocol", "linear/w2ssl", "--base-lr", "5", "--sweep", "lr")
-    assert error == "" and "linear/w2ssl, 3 of 100 epochs, base lr 5, batch 10 instead of 256, crop 32 instead of 224" in shown
+    assert error == ""
+    assert "linear/w2ssl, 3 of 100 epochs, batch 10 instead of 256, resize 40 instead of 256, crop 32 instead of 224, base_lr 5" in shown
     result = json.loads(out.read_text())
     assert result["top1"] == result["last_top1"] and result["reported"] == "last" and result["epoch"] == 3
     assert result["best_of_sweep"]["top1"] >= result["top1"] and len(result["settings"]) == 7
-    assert (result["num_train"], result["num_val"], result["features"]) == (48, 12, "pooled")
+    assert (result["num_train"], result["num_val"], result["kind"]) == (48, 12, "pooled")
     assert set(result["per_class"]) == {"class0", "class1", "class2"} and [c["epoch"] for c in result["curve"]] == [1, 2, 3]
     assert result["best_of_sweep"]["top1"] > 60, "three colours are told apart"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.head.pt", "r.json"]
@@ -230,14 +234,16 @@ def test_command_line(class_folders, tmp_path, capsys):
     again = ("--checkpoint", "random:resnet18:1", "--data", class_folders, "--workers", 1, "--eval-only", "--head", tmp_path / "r.head.pt")
     shown, error = call(capsys, *again)
     assert error == ""
-    repeated = json.loads((tmp_path / "r.val-only.json").read_text())
+    repeated = json.loads((tmp_path / f"r.{class_folders.name}.val-only.json").read_text())
     for name in ("top1", "top5", "per_class"):
         assert repeated[name] == result[name]
     assert repeated["best_of_sweep"]["top1"] == result["best_of_sweep"]["top1"]
     shown, error = call(capsys, *again, "--queries", "first:2")
-    assert error == "" and json.loads((tmp_path / "r.first-2-only.json").read_text())["num_val"] == 6
+    assert error == "" and json.loads((tmp_path / f"r.{class_folders.name}.first-2-only.json").read_text())["num_val"] == 6
     _, error = call(capsys, "--checkpoint", "random:resnet18:2", *again[2:])
     assert "trained on another backbone" in error
+    _, error = call(capsys, *again[:-1], "nowhere.head.pt")
+    assert "cannot be read as saved classifiers" in error
 
 
 def test_all_classifiers_of_ibot_on_a_transformer(class_folders, capsys):
@@ -262,29 +268,31 @@ class Stopped(Exception):
     pass
 
 
-def measured(class_folders, out, **changes):
+def measured(class_folders, out, shared=None, **changes):
     backbone, _ = load_backbone("random:resnet18:1")
     protocol = replace(changed(LINEAR_PROTOCOLS["linear/sfrik"], epochs=3, batch=10, resize=40, crop=32), **changes)
-    options = {"forward": 10, "backend": "auto", "workers": 1, "quiet": True}
+    options = {"forward": 10, "backend": "auto", "workers": 1, "quiet": True, "shared": shared}
     result = linear.measure(backbone, str(class_folders), protocol, dist=ALONE, out=out, **options)
     return result, torch.load(out.with_suffix(".head.pt"), weights_only=True)
 
 
 def test_an_interrupted_evaluation_goes_on(class_folders, tmp_path, monkeypatch):
-    from eval import probe
-
     whole, head = measured(class_folders, tmp_path / "whole.json")
-    out, save = tmp_path / "parts.json", probe.atomic_save
+    out, save = tmp_path / "parts.json", epochs.atomic_save
 
     def save_and_stop(value, path):
         save(value, path)
         raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(probe, "atomic_save", save_and_stop)
+        patch.setattr(epochs, "atomic_save", save_and_stop)
         measured(class_folders, out)
     with pytest.raises(ConfigError, match="other settings: .*base_lr"):
         measured(class_folders, out, base_lr=0.1)
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="parts.head.pt cannot be written"):
+        patch.setattr(saved_heads, "atomic_save", lambda value, path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        measured(class_folders, out)  # trains the rest
+    monkeypatch.setattr(epochs, "atomic_save", lambda *args: pytest.fail("trained again"))
     continued, other = measured(class_folders, out)
     assert continued == whole and torch.equal(head["weight"], other["weight"])
     assert not out.with_suffix(".state.pt").exists()
@@ -293,9 +301,28 @@ def test_an_interrupted_evaluation_goes_on(class_folders, tmp_path, monkeypatch)
         measured(class_folders, out)
 
 
-def test_frozen_means_frozen(class_folders, tmp_path, monkeypatch):
-    from eval import probe
+def test_features_may_be_shared_by_protocols(class_folders, tmp_path, monkeypatch):
+    passes, shared = [], SharedFeatures(2**20)
 
+    def counted(*args, what, **kwargs):
+        passes.append(what)
+        return extracted(*args, what=what, **kwargs)
+
+    extracted = probe.extracted
+    monkeypatch.setattr(probe, "extracted", counted)
+    first, _ = measured(class_folders, tmp_path / "a.json", shared=shared)
+    assert len(passes) == 4, "three epochs, and the images to classify once"
+    again, _ = measured(class_folders, tmp_path / "b.json", shared=shared)
+    assert len(passes) == 4 and again == first
+    other, _ = measured(class_folders, tmp_path / "c.json", shared=shared, interpolation="bicubic")
+    assert passes[4:] == ["validation"]
+    shared.passes.clear()
+    shared.limit = 0
+    alone, _ = measured(class_folders, tmp_path / "d.json", shared=shared, interpolation="bicubic")
+    assert alone == other and not shared.passes and len(passes) == 11
+
+
+def test_frozen_means_frozen(class_folders, tmp_path, monkeypatch):
     def training(backbone, *args, **kwargs):
         backbone.bn1.running_mean += 1
         return extracted(backbone, *args, **kwargs)
@@ -306,11 +333,18 @@ def test_frozen_means_frozen(class_folders, tmp_path, monkeypatch):
         measured(class_folders, tmp_path / "r.json")
 
 
+def test_swins_have_no_published_rate_where_it_depends_on_the_network():
+    from fastssl.models.swin import Swin  # timm takes seconds to load
+
+    with pytest.raises(ConfigError, match="none is published for a Swin: choose it with --base-lr, or take linear/ibot"):
+        linear.measure(Swin(8, (1, 1), (1, 2), 2, image_size=32), "unread", LINEAR_PROTOCOLS["linear/mocov3"], dist=ALONE)
+
+
 def test_features_that_are_not_finite(class_folders, monkeypatch, capsys):
     backbone = build_backbone("resnet18")
     backbone.bn1.weight.data.fill_(3e38)
-    about = dict.fromkeys(("arch", "method", "step", "network", "normalisation")) | {"dropped": {}}
-    monkeypatch.setattr(linear, "load_backbone", lambda *a, **k: (backbone.eval(), about))
+    subject = Subject(backbone.eval(), Photometric(), dict.fromkeys(("checkpoint", "data", *ORIGIN)), "")
+    monkeypatch.setattr(linear, "open_subject", lambda *args: subject)
     _, error = call(capsys, *FLAGS, "--data", class_folders)
     assert "not finite" in error
 
@@ -327,11 +361,13 @@ def test_classes_that_differ_are_refused(class_folders, tmp_path, capsys):
     [
         (("--eval-only",), "give both or neither"),
         (("--queries", "first:2"), "give them a part with --subset"),
-        (("--features", "last4"), "are of ViTs"),
+        (("--kind", "last4"), "are of ViTs"),
+        (("--arch", "resnet50"), "no random backbone"),
+        (("--subset", "random:12", "--queries", "after:4"), "would find themselves"),
         (("--crop", "90"), "does not fit"),
         (("--forward", "0"), "cannot be shared"),
         (("--base-lr", "-1"), "must be positive"),
-        (("--eval-only", "--head", "nowhere.head.pt"), "cannot be read as saved classifiers"),
+        (("--eval-only", "--head", "nowhere.head.pt"), "leave --resize, --crop, --epochs, --batch out"),
         (("--out", "no-such-folder/x.json"), "cannot be written"),
     ],
 )

@@ -19,7 +19,7 @@ def blobs(count: int, seed: int) -> Bank:
 
 
 def test_it_learns_and_every_sample_counts_once():
-    protocol = LogisticRegression(epochs=4, batch_size=32)
+    protocol = LogisticRegression(epochs=4, batch=32)
     train, val, seen = blobs(101, 0), blobs(60, 1), []
     epochs = fit(new_head(3, 3, protocol), train, val, protocol, seen.append)
     assert seen == epochs and len(epochs) == 4
@@ -40,7 +40,7 @@ def test_order_is_that_of_the_distributed_sampler():
 
 def test_protocol_settings():
     p = LogisticRegression()
-    assert (p.epochs, p.batch_size, p.lr, p.weight_decay, p.sgd_momentum, p.init_std) == (100, 256, 0.4, 1e-6, 0.9, 0.01)
+    assert (p.epochs, p.batch, p.lr, p.weight_decay, p.sgd_momentum, p.init_std) == (100, 256, 0.4, 1e-6, 0.9, 0.01)
     assert (p.resize, p.crop, p.interpolation) == (256, 224, "bicubic")
     head = new_head(2000, 50, p)
     assert abs(float(head.weight.detach().std()) - 0.01) < 1e-4 and not head.bias.any()
@@ -51,21 +51,23 @@ def test_command_line(beton_data, tmp_path, capsys):
     torch.manual_seed(0)
     weights = tmp_path / "weights.pth"
     torch.save(build_backbone("resnet18").state_dict(), weights)
-    flags = ("--data", beton_data, "--batch", 16, "--workers", 1, "--resize", 36, "--crop", 32, "--epochs", 3, "--lr", 0.05)
+    flags = ("--data", beton_data, "--forward", 16, "--workers", 1, "--resize", 36, "--crop", 32, "--epochs", 3, "--lr", 0.05)
     logreg.main(["--checkpoint", str(weights), *map(str, flags)])
     shown = capsys.readouterr().out
-    result = json.loads((tmp_path / "weights.logreg-sfrik.json").read_text())
+    result = json.loads((tmp_path / f"weights.logreg-sfrik.online.{beton_data.name}.json").read_text())
     assert (result["protocol"], result["epochs"], result["num_train"], result["num_val"]) == ("logreg/sfrik", 3, 48, 12)
     assert set(result["per_class"]) == {"class0", "class1", "class2"} and result["top5_last"] == 100
     assert result["top1_last"] == pytest.approx(sum(result["per_class"].values()) / 3)
-    assert "logreg/sfrik, 3 of 100 epochs  top-1" in shown and "| resnet18 online | logreg/sfrik, 3 of 100 epochs |" in shown
-    assert (tmp_path / "weights.features/train.json").exists()
+    name = "logreg/sfrik, 3 of 100 epochs, lr 0.05 instead of 0.4, resize 36 instead of 256, crop 32 instead of 224"
+    assert result["run_as"] == name and f"{name}  top-1" in shown and f"| resnet18 online | {name} |" in shown
+    assert result["data"] == str(beton_data)
+    assert (tmp_path / f"weights.online.{beton_data.name}.features/train.json").exists()
 
     for changed, message in (
         (("--epochs", "0"), "must be positive"),
         (("--lr", "1e30"), "diverged with --lr"),
         (("--subset", "first:2", "--queries", "after:99"), "too small"),
-        (("--queries", "after:2"), "part of its own with --subset"),
+        (("--queries", "after:2"), "give them a part with --subset"),
         (("--checkpoint", "random:resnet18"), "say where to keep them with --features"),
     ):
         with pytest.raises(SystemExit, match=message):

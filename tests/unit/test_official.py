@@ -7,6 +7,7 @@ import torch
 
 from fastssl.checkpoint import CheckpointError
 from fastssl.models.backbones import build_backbone
+from fastssl.models.keymaps import renamed, torchvision_vit
 from fastssl.models.official import left_out
 from fastssl.models.weights import load_backbone, output_checksum, weights_digest
 
@@ -79,6 +80,7 @@ FILES = {
     "mae": ({"model": VIT | extra("mask_token", "decoder_pos_embed", "decoder_blocks.0.norm1.weight"), "args": ARGS}, "online", VIT),
     "ibot backbone": ({"state_dict": VIT}, "online", VIT),
     "deit export of mocov3": ({"model": MOCOV3}, "online", MOCOV3),
+    "torchvision vit": (renamed(VIT, torchvision_vit) | extra("heads.head.weight", "heads.head.bias"), "online", VIT),
     "trunk": ({"model": under("trunk.", RESNET)}, "online", RESNET),
 }
 
@@ -92,8 +94,19 @@ def test_layout(tmp_path, project):
     assert about["network"] == network
     state = backbone.state_dict()
     assert state.keys() == expected.keys() and all(torch.equal(state[name], t) for name, t in expected.items())
-    entry = content["teacher"] if "teacher" in content else content.get("state_dict", content.get("model"))
+    entry = content["teacher"] if "teacher" in content else content.get("state_dict", content.get("model", content))
     assert len(about["dropped"]) == len(entry) - len(expected) and about["dropped"].keys() <= entry.keys()
+
+
+def test_weights_that_torchvision_released_have_older_names(tmp_path):
+    state = {n.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): t for n, t in renamed(VIT, torchvision_vit).items()}
+    torch.save({"module." + n: t for n, t in state.items()}, tmp_path / "w.pth")
+    backbone, about = load_backbone(str(tmp_path / "w.pth"))
+    assert about["dropped"] == {} and all(torch.equal(VIT[n], t) for n, t in backbone.state_dict().items())
+    del state["encoder.ln.bias"]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"1 missing \(norm.bias\)"):
+        load_backbone(str(tmp_path / "w.pth"))
 
 
 def test_heads_of_mocov3_are_known_by_its_positions(tmp_path):

@@ -10,7 +10,9 @@ import torch
 from eval import extract as extract_module
 from eval.extract import Recipe, banks
 from eval.features import Bank
+from eval.results import together
 from eval.store import Store, pairs
+from fastssl.config import ConfigError
 from fastssl.distributed import Dist
 from fastssl.models.backbones import build_backbone
 from loaders.errors import DataError
@@ -95,7 +97,7 @@ def test_other_features_are_refused(tmp_path):
     with pytest.raises(DataError, match="is no manifest of features"):
         Store(tmp_path, "val", {"digest": "a", "checkpoint": "x.pt"}).fill(loader, run, 4, ALONE)
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(ConfigError, match="cannot be written"):
         Store(tmp_path / "file" / "f", "val", {}).fill(loader, run, 4, ALONE)
 
 
@@ -104,8 +106,23 @@ def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("eval.store.os.posix_fallocate", full)
-    with pytest.raises(DataError, match="No space left on device.*free some space"):
+    with pytest.raises(ConfigError, match="No space left on device.*Free some space"):
         Store(tmp_path, "val", {}).fill(Loader(np.arange(6)), lambda part: pytest.fail("started"), 4, ALONE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_one_rank_stops_all(tmp_path):
+    class Other:
+        """Rank 1 of two, when rank 0 has met an error."""
+
+        def gather_objects(self, value):
+            return [ConfigError("rank 0 has no space"), value]
+
+    with pytest.raises(ConfigError, match="rank 0 has no space"), together(Other(), tmp_path / "r.json"):
+        pass
+    (tmp_path / "r.json.partial").touch()
+    with pytest.raises(ConfigError, match="r.json cannot be written .*No space left"), together(ALONE, tmp_path / "r.json"):
+        raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
 
 
@@ -113,7 +130,7 @@ def test_kept_features_are_those_in_memory(beton_data, tmp_path):
     torch.manual_seed(0)
     backbone = build_backbone("resnet18").eval()
     parts = {"train": ("train", "first:2"), "val": ("val", "")}
-    options = {"dist": ALONE, "batch": 5, "workers": 1}
+    options = {"dist": ALONE, "forward": 5, "workers": 1}
     memory = banks(backbone, str(beton_data), parts, RECIPE, **options)
     kept = banks(backbone, str(beton_data), parts, RECIPE, folder=tmp_path, of={"digest": "a"}, **options)
     for name in parts:
@@ -125,7 +142,7 @@ def test_kept_features_are_those_in_memory(beton_data, tmp_path):
 
 
 def test_command_line(beton_data, tmp_path, capsys):
-    flags = ("--checkpoint", "random:vit_tiny_patch16", "--data", beton_data, "--batch", 8, "--workers", 1, "--resize", 32, "--crop", 32)
+    flags = ("--checkpoint", "random:vit_tiny_patch16", "--data", beton_data, "--forward", 8, "--workers", 1, "--resize", 32, "--crop", 32)
     extract_module.main([*map(str, flags), "--out", str(tmp_path / "f"), "--kind", "last2", "--splits", "val"])
     shown = capsys.readouterr().out
     manifest = json.loads((tmp_path / "f/val.json").read_text())

@@ -63,7 +63,7 @@ def small(name: str, **options):
 def test_published_values(name, values):
     protocol = TUNING_PROTOCOLS[name]
     assert {key: getattr(protocol, key) for key in values} == values
-    assert protocol.differences(384) == name
+    assert protocol.run_as(384) == name
     if name.startswith("transfer/"):
         shared = (protocol.base_lr, protocol.per_images, protocol.batch, protocol.epochs, protocol.warmup_epochs, protocol.repeats)
         assert shared == (3e-4, 512, 1024, 100, 3, 1)
@@ -72,8 +72,8 @@ def test_published_values(name, values):
 def test_vit_b_of_ibot():
     base = TUNING_PROTOCOLS["finetune/ibot"].of_width(768)
     assert (base.epochs, base.drop_path, base.layer_decay) == (100, 0.2, 0.65)
-    assert base.differences(768) == "finetune/ibot"
-    assert changed(base, epochs=5).differences(768) == "finetune/ibot, 5 of 100 epochs"
+    assert base.run_as(768) == "finetune/ibot"
+    assert changed(base, epochs=5).run_as(768) == "finetune/ibot, 5 of 100 epochs"
 
 
 def test_learning_rates():
@@ -228,6 +228,7 @@ def test_errors_say_what_to_change(class_folders, capsys):
         (semi.main, ["--subset", "random:2", "--crop", "40"], "does not fit"),
         (finetune.main, ["--head-lr", "0.1"], "leave --head-lr out"),
         (finetune.main, ["--queries", "random:2"], "--subset"),
+        (semi.main, ["--subset", "random:9", "--queries", "after:4"], "would find themselves"),
     ):
         with pytest.raises(SystemExit) as error:
             command([*random_resnet, *flags])

@@ -1,0 +1,122 @@
+"""What the commands of evaluations share: their flags, the backbone, and how they end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import tyro
+
+from eval.results import beside, check_writable, data_name
+from fastssl.checkpoint import CheckpointError
+from fastssl.config import ConfigError
+from fastssl.distributed import Dist, session
+from fastssl.models.features import Backbone
+from fastssl.models.official import Network, left_out
+from fastssl.models.weights import load_backbone, output_checksum
+from fastssl.views import Photometric
+from loaders.errors import DataError
+from loaders.open import Backend
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ORIGIN = ("arch", "method", "step", "network")
+"""Of a backbone's description, for results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneArgs:
+    """Which backbone, and which images it sees."""
+
+    checkpoint: str
+    """A run's checkpoint_last.pt or backbone.safetensors, a torchvision or timm state dict, another project's, or random:ARCH[:SEED]."""
+    data: str = "data/imagenet"
+    """Folder with train and val: .beton files or class folders."""
+    network: Network = "auto"
+    """Which network of a training checkpoint; auto: the one its method is evaluated by (DINO, SCFS: the target, that is the teacher)."""
+    arch: str | None = None
+    """The architecture that the checkpoint must have; default: what its weights fit."""
+    resize: int | None = None
+    """Shorter side of the images to classify before the centre crop, pixels; default: the protocol's."""
+    crop: int | None = None
+    """Side of all crops, pixels; default: the protocol's."""
+    loader: Backend = "auto"
+    """Decoder, as in train.py."""
+    workers: int = 0
+    """Decoder threads per rank; 0: the cores divided by the ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationArgs(BackboneArgs):
+    """And which parts of the data set."""
+
+    subset: str = ""
+    """Part of train to learn from, as --data.subset of train.py: 1percent, 10percent, first:N, after:N, random:N or a file of names."""
+    queries: str = ""
+    """Part of train to classify instead of val, where hyper-parameters are chosen without it: after:260 for first:260 (SFRIK)."""
+
+    def check_parts(self, subset: str = "") -> None:
+        """ConfigError for queries among all the images to learn from.  subset: what the protocol takes without --subset."""
+        if self.queries and not (self.subset or subset):
+            raise ConfigError(
+                f"--queries {self.queries} are images of train, and so are those to learn from: give them a part with --subset."
+            )
+
+    @property
+    def parts(self) -> dict[str, tuple[str, str]]:
+        """What is learned from and what is classified: split and subset of each."""
+        return {"train": ("train", self.subset), "val": ("train" if self.queries else "val", self.queries)}
+
+
+@dataclass
+class Subject:
+    """The backbone of an evaluation, on its device, and what is known of it."""
+
+    backbone: Backbone
+    normalisation: Photometric
+    """Its mean and std: of the images that the backbone was trained on."""
+    origin: dict[str, object]
+    """For the result: checkpoint, arch, method, step, network, output_checksum, data."""
+    dropped: str
+    """Weights of the file that were not used, in one line; "" for none."""
+
+    def __str__(self) -> str:
+        known = {n: v for n, v in self.origin.items() if n not in ("checkpoint", "data") and v is not None}
+        shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in known.items())
+        return f"{self.origin['checkpoint']} ({shown}) on {self.origin['data']}" + (f"\nnot used: {self.dropped}" if self.dropped else "")
+
+
+def open_subject(args: BackboneArgs, dist: Dist) -> Subject:
+    """CheckpointError for weights that cannot be used."""
+    backbone, about = load_backbone(args.checkpoint, network=args.network, arch=args.arch)
+    origin = {"checkpoint": args.checkpoint} | {name: about[name] for name in ORIGIN}
+    origin |= {"output_checksum": output_checksum(backbone), "data": args.data}
+    norm = Photometric(**(about["normalisation"] or {}))
+    return Subject(backbone.to(dist.device, memory_format=torch.channels_last), norm, origin, left_out(about["dropped"]))
+
+
+def result_path(args: EvaluationArgs, subject: Subject, protocol: str, out: Path | None) -> Path | None:
+    """`out`, or CHECKPOINT.PROTOCOL.NETWORK.DATA[.SUBSET][.QUERIES].json; None for a random backbone.  ConfigError where nothing can
+    be written."""
+    named = beside(args.checkpoint, protocol, subject.origin["network"], data_name(args.data), args.subset, args.queries)
+    if out is None and named is not None:
+        out = named.with_name(named.name + ".json")
+    if out is not None:
+        check_writable(out)
+    return out
+
+
+A = TypeVar("A")
+
+
+def main(args_type: type[A], run: Callable[[A, Dist], None], prog: str, argv: Sequence[str] | None) -> None:
+    """Run the command on the ranks of torchrun's environment.  argv: None takes the process's own."""
+    args = tyro.cli(args_type, prog=f"python -m {prog}", args=argv)
+    try:
+        with session() as dist:
+            run(args, dist)
+    except (CheckpointError, ConfigError, DataError) as error:
+        sys.exit(str(error))
