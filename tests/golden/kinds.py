@@ -6,6 +6,9 @@ from tests.golden import (
     augmentation,
     byol_family,
     data_rules,
+    detection,
+    detection_models,
+    detection_protocol,
     dino_family,
     dino_optim,
     distillation_family,
@@ -21,6 +24,7 @@ from tests.golden import (
     linear_family,
     mocov3_family,
     momentum_family,
+    segmentation,
     sere_family,
     sere_steps,
     vit_family,
@@ -31,6 +35,9 @@ KINDS = {
     **augmentation.KINDS,
     **byol_family.KINDS,
     **data_rules.KINDS,
+    **detection.KINDS,
+    **detection_models.KINDS,
+    **detection_protocol.KINDS,
     **dino_family.KINDS,
     **dino_optim.KINDS,
     **distillation_family.KINDS,
@@ -46,6 +53,7 @@ KINDS = {
     **linear_family.KINDS,
     **mocov3_family.KINDS,
     **momentum_family.KINDS,
+    **segmentation.KINDS,
     **sere_family.KINDS,
     **sere_steps.KINDS,
     **vit_family.KINDS,
@@ -53,10 +61,4 @@ KINDS = {
 }
 
 # Kinds whose issues are not built yet.
-PENDING = frozenset(
-    """
-    transfer/anchors transfer/boxcoder transfer/d2model_c4_mask transfer/d2model_fpn_mask transfer/d2params
-    transfer/mask transfer/matcher transfer/miou transfer/photo transfer/pooler transfer/precisebn transfer/resize transfer/roi
-    transfer/rpn transfer/sched transfer/seghead transfer/slide transfer/vocap
-    """.split()
-)
+PENDING: frozenset[str] = frozenset()

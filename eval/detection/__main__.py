@@ -1,0 +1,5 @@
+"""python -m eval.detection"""
+
+from eval.detection.command import command
+
+command()
