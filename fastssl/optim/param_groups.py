@@ -46,17 +46,17 @@ def _split(named: Named, excluded: Callable[[str, nn.Parameter], bool]) -> list[
     return [g for g in groups if g["params"]]
 
 
-def split_by_layer(named: Named, *, depth: int, layer_decay: float, weight_decay: float) -> list[dict]:
+def split_by_layer(named: Named, *, depth: int, layer_decay: float, weight_decay: float, positions_decay: bool = False) -> list[dict]:
     """Groups of a ViT classifier for fine-tuning (methods/ibot.md 10, sere.md 9), by timm's names; each carries `names`, `lr_scale`
     and `weight_decay`.
 
     lr_scale      layer_decay^(depth + 1 - id): id 0 of [CLS], positions and patch embedding, i + 1 of block i of `depth`, and
                   depth + 1 of all after the blocks
-    weight_decay  0 for vectors, [CLS] and positions
+    weight_decay  0 for vectors and, unless `positions_decay`, [CLS] and positions
     """
     groups: dict[tuple[int, float], dict] = {}
     for name, p in named:
-        decay = 0.0 if p.ndim < 2 or name in ("cls_token", "pos_embed") else weight_decay
+        decay = 0.0 if p.ndim < 2 or (name in ("cls_token", "pos_embed") and not positions_decay) else weight_decay
         layer = depth + 1
         if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
             layer = 0
