@@ -65,7 +65,7 @@ class TrainLoader:
         self.num_samples = order.num_samples
         """Of the data set, or of its subset."""
         self.steps_per_epoch = order.steps_per_epoch
-        self.ids = np.arange(len(decoder), dtype=np.int64) if ids is None else ids
+        self.ids = np.arange(order.num_samples, dtype=np.int64) if ids is None else ids
         """int64 [num_samples]: sample ids."""
         self.smallest_batch = order.batch_size(order.steps_per_epoch - 1) // (dist.world * accumulation_steps)
         """Images per rank and micro-batch in the last step of an epoch."""
