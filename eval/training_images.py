@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from eval.tuning_protocols import TuningProtocol
@@ -42,13 +42,20 @@ class RandAugment:
         self.seed = seed
         self.transform = rand_augment_transform(name, {"translate_const": int(crop * 0.45), "img_mean": fill, "interpolation": how})
         for operation in self.transform.ops:
-            operation.aug_fn = partial(_noted, operation.aug_fn)
+            operation.aug_fn = partial(_noted, _posterized if operation.name.startswith("Posterize") else operation.aug_fn)
 
     def plan(self, epoch: int, sample: int, view: int) -> Plan:
         key = int(random_u32(self.seed, TUNING, epoch, sample, view))
         random.seed(key)
         np.random.seed(key)  # noqa: NPY002  timm draws from the global generators
         return self.transform([])
+
+
+def _posterized(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """timm's.  At its largest strength no bits are left, which is black; Pillow 13 refuses to."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 def _noted(function: Callable, plan: Plan, *level, **options) -> Plan:

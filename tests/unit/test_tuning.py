@@ -117,6 +117,15 @@ def test_rand_augment_is_timms():
     assert altered > 30
 
 
+def test_the_largest_strength_of_posterize_is_black():
+    """timm asks for 0 bits there, which Pillow refuses."""
+    augment = RandAugment("rand-m10-inc1", crop=8, mean=(0.5, 0.5, 0.5), interpolation="bicubic", seed=0)
+    (posterize,) = (o for o in augment.transform.ops if o.name.startswith("Posterize"))
+    posterize.prob = 1.0
+    levels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    assert not applied(levels, posterize([])).any()
+
+
 def test_losses_are_timms():
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 5), torch.randint(0, 5, (6,))
