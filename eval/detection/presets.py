@@ -126,7 +126,7 @@ _MINI_COCO = _MINI | {"data": "coco", "train": ("train2017",), "test": "val2017"
 _MINI_VOC = _MINI | {"data": "voc", "train": ("2012/train",), "test": "2012/val"}
 _60 = {"iterations": 60, "milestones": (40, 53), "warmup": 10}
 _20 = {"iterations": 20, "milestones": (13, 18), "warmup": 3}
-_MINI_FPN = _FPN | {"roi_batch": 64}
+_MINI_FPN = _FPN | {"roi_batch": 64, "rpn_post_nms_test": 100}
 _MINI_C4 = _C4 | {"roi_batch": 64, "rpn_post_nms_train": 100, "rpn_post_nms_test": 100}
 
 
