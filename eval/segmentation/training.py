@@ -40,7 +40,7 @@ from loaders.build import decoder_threads
 AUXILIARY_WEIGHT = 0.4
 """Of the auxiliary head's loss."""
 SHOWN, SAVED = 50, 1000
-"""Steps between lines of progress, and, a multiple of it, between saved states."""
+"""Steps between lines of progress, fewer in a short training, and, a multiple of it, between saved states."""
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Segmentation:
 
         ConfigError when the training diverges, for the state of another evaluation, and where it cannot be written.
         """
-        done = 0
+        done, shown = 0, min(SHOWN, max(1, self.steps // 10))
         if state_file is not None and state_file.exists():
             done = self._resume(state_file, identity)
             say(f"continuing {state_file} after step {done}")
@@ -119,7 +119,7 @@ class Segmentation:
                 sums += self.step(x, y, step)
                 counted += 1
                 last = step + 1 == self.steps
-                if last or (step + 1) % SHOWN == 0:
+                if last or (step + 1) % shown == 0:
                     self.history.append(self._record(step, sums / counted))
                     rate = (step + 1 - done) / (time.monotonic() - begun)
                     say(self.line(self.history[-1], rate))
