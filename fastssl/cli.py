@@ -106,6 +106,10 @@ def check(cfg: RunConfig, world: int) -> list[str]:
         raise ConfigError(
             f"{cfg.method.name} compares samples across the global batch: accumulation would change its loss. Use more ranks."
         )
+    if cfg.efficiency.cuda_graphs and t.accumulation_steps > 1:
+        raise ConfigError(
+            "--efficiency.cuda-graphs True: a replay overwrites the gradients of the one before. Take --train.accumulation-steps 1."
+        )
     warnings = []
     if cfg.model.norm != "sync" and t.published_rank_batch not in (None, batch):
         warnings.append(

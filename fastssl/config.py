@@ -197,6 +197,9 @@ class EfficiencyConfig:
     step, in bf16 1.3 GB."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the method's forward; auto: on with CUDA, off on a CPU (where it gains nothing)."""
+    cuda_graphs: bool = False
+    """Replay the compiled forward and backward pass as CUDA graphs: their kernels are launched in one call each. For steps that the host
+    cannot launch as fast as the GPU computes them (ViT-S, small batches); inputs are copied once more, and memory is set aside."""
     channels_last: bool = True
     checkpointing: Literal["off", "stages"] = "off"
     """stages: of what a backbone computes, only what enters each stage of a ResNet or Swin, or block of a ViT, is kept for the backward

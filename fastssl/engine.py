@@ -62,6 +62,11 @@ def compiles(cfg: RunConfig, device: torch.device) -> bool:
     return not missing
 
 
+def compile_mode(cfg: RunConfig) -> str | None:
+    """torch.compile's `mode`; reduce-overhead is its name for CUDA graphs."""
+    return "reduce-overhead" if cfg.efficiency.cuda_graphs else None
+
+
 @dataclass
 class State:
     """Everything that changes while training, and what hooks may look at."""
@@ -112,10 +117,14 @@ def prepare(method: Method, cfg: RunConfig, dist: Dist, steps_per_epoch: int) ->
         backbone.recompute = recompute
     optimizer = build_optimizer(method, cfg)
     compiled = compiles(cfg, dist.device)
+    if cfg.efficiency.cuda_graphs and not (compiled and dist.device.type == "cuda"):
+        raise ConfigError(
+            "--efficiency.cuda-graphs True replays compiled code on a GPU: it needs one, and --efficiency.compile on or auto."
+        )
     if compiled:
         # In place and before DDP: state-dict keys stay clean.  One graph per batch length, the full one and a kept last one;
         # with several ranks Dynamo cuts it at DDP's buckets, which are exchanged while the rest is computed.
-        method.compile(dynamic=False)
+        method.compile(dynamic=False, mode=compile_mode(cfg))
         if recompute:
             torch._dynamo.config.optimize_ddp = False  # torch 2.7 cannot cut a graph that recomputes parts
     model: nn.Module = method
@@ -170,6 +179,7 @@ def forward_backward(state: State, micro_batches: Iterator[Views], sched: Sched)
     for k in range(n):
         last = k == n - 1
         with contextlib.nullcontext() if last or state.dist.world == 1 else state.model.no_sync():
+            begin_pass(state)
             with autocast(state):
                 out = state.model(state.method.arrange(next(micro_batches), sched), sched)
             state.scaler.scale(out.loss / n if n > 1 else out.loss).backward()
@@ -179,6 +189,12 @@ def forward_backward(state: State, micro_batches: Iterator[Views], sched: Sched)
     mean = {k: torch.stack([o.logs[k] for o in outputs]).mean(0) for k in outputs[0].logs}
     keys = {k: torch.cat([o.keys[k] for o in outputs]) for k in outputs[0].keys}
     return StepOutput(torch.stack([o.loss for o in outputs]).mean(0), mean, keys)
+
+
+def begin_pass(state: State) -> None:
+    """To be called before each forward pass: a replayed CUDA graph may now overwrite what the last pass returned."""
+    if state.cfg.efficiency.cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 def autocast(state: State):

@@ -49,15 +49,15 @@ def bench(name: str, folder: Path, *flags: str) -> dict | str:
     return json.loads(out.read_text()) if done.returncode == 0 else f"ended with status {done.returncode}"
 
 
-def measured(part: str, folder: Path, presets: list[str], beton: Path) -> dict | str:
-    """Of `step` and `train` by preset."""
+def measured(part: str, folder: Path, presets: list[str], beton: Path, *flags: str) -> dict | str:
+    """Of `step`, which takes `flags`, and `train` by preset."""
     if part == "tests":
         return gpu_tests(folder)
     if part == "augment":
         return bench("augment", folder)
     if part == "loader":
         return bench("loader", folder, "--path", str(beton))
-    more = ("--path", str(beton)) if part == "train" else ()
+    more = ("--path", str(beton)) if part == "train" else flags
     return {preset: bench(part, folder, "--preset", preset, *more) for preset in presets}
 
 
@@ -74,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=" | ".join(PARTS))
     parser.add_argument("--presets", nargs="+", default=PRESETS, metavar="PRESET", help="of step and train")
+    parser.add_argument("--no-parts", action="store_true", help="step: the whole step alone, which halves what is compiled")
     parser.add_argument("--beton", type=Path, help="images for loader and train (default: the demo's tiles, which are small)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -90,7 +91,7 @@ def main() -> None:
     failed: list[str] = []
     for part in args.only:
         with tempfile.TemporaryDirectory() as folder:
-            found = measured(part, Path(folder), args.presets, beton)
+            found = measured(part, Path(folder), args.presets, beton, *["--no-parts"] * args.no_parts)
         failed += failures(part, found)
         if part in ("step", "train"):
             found = result.get(part, {}) | found

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from fastssl.bench.report import write
 from fastssl.bench.roof import PEAKS, datasheet
-from fastssl.bench.step_report import title
+from fastssl.bench.step_report import costs, title
 from fastssl.methods import build_method
 from fastssl.presets import PRESETS
 
@@ -68,7 +68,7 @@ def projections(step: dict, parameters: int) -> dict[str, float]:
     if here is None:
         return {}
     memory, batch = step["memory_roof_ms"] is not None, step["batch"]
-    alone_ms = step["step_ms"] - step["phases_ms"]["communication"]
+    alone_ms = step["step_ms"] - step["phases_ms"].get("communication", 0.0)
     out = {}
     for name, bus in BUS.items():
         there = PEAKS[name]
@@ -115,18 +115,17 @@ def tables(d: dict) -> str:
         "",
     ]
     columns = ("preset", "images per GPU", "type", "images/s", "ms a step (5 %, 95 %)", "share, goal", "peak GiB")
-    lines += heading(*columns, "kernels, waits, graph breaks", "largest parts")
+    lines += heading(*columns, "kernels, waits, graph breaks", "largest costs")
     for preset, s in d["measured"].items():
         what = "memory roof" if s["memory_roof_ms"] is not None else "MFU"
         reached = "-" if s["share"] is None else f"{s['share']:.0%} of {what}" if what == "memory roof" else f"{s['share']:.0%} MFU"
         wanted = "no goal" if s["goal"] is None else f"{s['goal']:.0%}"
-        parts = sorted(((ms, name) for name, ms in s["phases_ms"].items() if name != "augment"), reverse=True)[:3]
         lines.append(
             row(
                 *(f"`{preset}`", s["batch"], s["dtype"], f"{s['images_per_s']:,.0f}"),
                 f"{s['step_ms']:.1f} ({s['step_ms_p5']:.1f}, {s['step_ms_p95']:.1f})",
                 *(f"{reached}, {wanted}", f"{s['peak_mib'] / 1024:.1f}", f"{s['kernels']}, {s['host_syncs']}, {s['graph_breaks']}"),
-                ", ".join(f"{title(name)} {ms / s['step_ms']:.0%}" for ms, name in parts),
+                costs(s),
             )
         )
     lines += [f"| `{preset}` | not measured: {why} |" + " |" * 7 for preset, why in d["not_measured"].items()]

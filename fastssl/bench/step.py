@@ -16,10 +16,8 @@ the clock on the wall, since they wait for each other.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +26,6 @@ from typing import Literal
 
 import torch
 from torch._dynamo.utils import counters
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from fastssl import cli
 from fastssl.bench import step_report
@@ -37,6 +33,7 @@ from fastssl.bench.augment import one_thread
 from fastssl.bench.augment_clock import clock, copy_rate, samples
 from fastssl.bench.augment_work import Run
 from fastssl.bench.gram import peak_bytes
+from fastssl.bench.kernels import launches
 from fastssl.bench.report import write
 from fastssl.bench.roof import Call, Recorded, gemm_rate, record
 from fastssl.bench.step_plot import save_plot
@@ -44,7 +41,7 @@ from fastssl.bench.step_report import Times
 from fastssl.bench.training import Rank, named, one_rank, per_rank
 from fastssl.config import RunConfig
 from fastssl.distributed import Dist, session
-from fastssl.engine import autocast, compiles, forward_backward, train_step
+from fastssl.engine import autocast, begin_pass, compile_mode, compiles, forward_backward, train_step
 from loaders.errors import DataError
 
 OUT = Path("data/bench")
@@ -54,6 +51,10 @@ WARM_UP, STEPS = {"cuda": 50, "cpu": 1}, {"cuda": 200, "cpu": 5}
 # ------------------------------------------------------------------------------------------------ what is timed
 
 
+def whole(rank: Rank) -> dict[str, Run]:
+    return {"augment": lambda: rank.augment(rank.images), "step": lambda: train_step(rank.state, [rank.views])}
+
+
 def prefixes(rank: Rank, recorded: Recorded) -> dict[str, Run]:
     """What is timed, from the shortest part to the whole step."""
     state, views = rank.state, rank.views
@@ -61,15 +62,19 @@ def prefixes(rank: Rank, recorded: Recorded) -> dict[str, Run]:
     passes: dict[int, Callable] = {}
     for call in (*recorded.student, *recorded.target):
         compiled = compiles(state.cfg, state.dist.device)
-        passes.setdefault(id(call.module), torch.compile(call.module, dynamic=False) if compiled else call.module)
+        passes.setdefault(
+            id(call.module), torch.compile(call.module, dynamic=False, mode=compile_mode(state.cfg)) if compiled else call.module
+        )
 
     def replay(calls: list[Call]) -> None:
         with autocast(state):
             for call in calls:
+                begin_pass(state)
                 with torch.set_grad_enabled(call.grad):
                     passes[id(call.module)](*call.args, **call.kwargs)
 
     def forward() -> None:
+        begin_pass(state)
         with autocast(state):
             state.method(state.method.arrange(views, sched), sched)
 
@@ -77,8 +82,7 @@ def prefixes(rank: Rank, recorded: Recorded) -> dict[str, Run]:
         forward_backward(which, iter([views]), sched)
         state.optimizer.zero_grad(set_to_none=True)
 
-    runs = {
-        "augment": lambda: rank.augment(rank.images),
+    runs = whole(rank) | {
         "student": lambda: replay(recorded.student),
         "target": lambda: replay(recorded.target),
         "forward": forward,
@@ -86,7 +90,7 @@ def prefixes(rank: Rank, recorded: Recorded) -> dict[str, Run]:
     }
     if state.dist.world > 1:
         runs["exchange"] = lambda: backward(state)
-    return {**runs, "step": lambda: train_step(state, [views])}
+    return runs
 
 
 def measure(runs: dict[str, Run], dist: Dist, *, rounds: int, steps: int) -> Times:
@@ -101,36 +105,6 @@ def measure(runs: dict[str, Run], dist: Dist, *, rounds: int, steps: int) -> Tim
 
 
 # ------------------------------------------------------------------------------------------------ what is counted
-
-
-def launches(run: Run, device: torch.device) -> dict[str, int | None]:
-    """Of one call: operators that Python or autograd calls; on CUDA kernels and copies, and how often the host waits."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
-    cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiled:
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-    events = profiled.events()
-    operators = [e for e in events if e.name.startswith("aten::") and not (e.cpu_parent and e.cpu_parent.name.startswith("aten::"))]
-    return {
-        "kernels": sum(e.device_type == DeviceType.CUDA for e in events) if cuda else None,
-        "operators": len(operators),
-        "host_syncs": synchronisations(run) if cuda else None,
-    }
-
-
-def synchronisations(run: Run) -> int:
-    """How often the host waits for CUDA in one call."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    # Not any warning about synchronisation: the first call of set_sync_debug_mode gives one of its own.
-    return sum("called a synchronizing" in str(w.message) for w in caught)
 
 
 def held_bytes(rank: Rank) -> int:
@@ -148,15 +122,15 @@ def graphs() -> int:
 # ------------------------------------------------------------------------------------------------ the whole bench
 
 
-def measured(cfg: RunConfig, dist: Dist, *, batch: int, rounds: int, steps: int, warmup: int, say: Callable[[str], None]) -> dict:
+def measured(
+    cfg: RunConfig, dist: Dist, *, batch: int, parts: bool, rounds: int, steps: int, warmup: int, say: Callable[[str], None]
+) -> dict:
     """Everything about one rank's step but the device's rates."""
     device = dist.device
     say(f"building {cfg.preset}, {batch} images")
     rank = one_rank(cfg, dist, batch)
 
-    def step() -> None:
-        train_step(rank.state, [rank.views])
-
+    step = whole(rank)["step"]
     counters.clear()
     start = time.perf_counter()
     step()
@@ -165,7 +139,7 @@ def measured(cfg: RunConfig, dist: Dist, *, batch: int, rounds: int, steps: int,
     first_step_s = time.perf_counter() - start
     of_step = {"graphs": graphs(), "graph_breaks": sum(counters["graph_break"].values())}
     recorded = record(rank)
-    runs = prefixes(rank, recorded)
+    runs = prefixes(rank, recorded) if parts else whole(rank)
     say("warming up")
     for _ in range(warmup):
         step()
@@ -203,6 +177,8 @@ def bench(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     compile: Literal["auto", "on", "off"] = "auto",
+    cuda_graphs: bool = False,
+    parts: bool = True,
     rounds: int = 5,
     steps: int = 0,
     warmup: int = 0,
@@ -214,7 +190,8 @@ def bench(
         preset: Name of fastssl.presets.PRESETS.
         batch: Images of a rank; 0: as published, where that is not known the global batch over 8 ranks; on a CPU at most 8.
         device: Where; auto: CUDA if there is one. A CPU has one thread.
-        dtype: As --efficiency.dtype of train.py; compile alike.
+        dtype: As --efficiency.dtype of train.py; compile and cuda-graphs alike.
+        parts: Also time the parts; without them nothing is compiled but the step.
         rounds: Turns that the step and its prefixes take; differences are taken within a round, and their medians reported.
         steps: Timed calls of each, over all rounds; 0: 200 on CUDA, 5 on a CPU.
         warmup: Steps before; 0: 50 on CUDA, 1 on a CPU.
@@ -225,17 +202,18 @@ def bench(
         raise DataError("Nothing would be measured. Give --rounds of at least 1, --batch, --steps and --warmup of at least 0.")
     if device == "cuda" and not torch.cuda.is_available():
         raise DataError("This torch reaches no CUDA device. Take --device cpu; `make report` says what is missing.")
-    cfg = replace(cfg, efficiency=replace(cfg.efficiency, dtype=dtype, compile=compile))
+    cfg = replace(cfg, efficiency=replace(cfg.efficiency, dtype=dtype, compile=compile, cuda_graphs=cuda_graphs))
     with session(device) as dist, one_thread(dist.device):
         where = dist.device
         batch = batch or per_rank(cfg, where)
         cli.check(replace(cfg, train=replace(cfg.train, global_batch_size=batch * dist.world)), dist.world)
         steps, warmup = steps or STEPS[where.type], warmup or WARM_UP[where.type]
         say = _say if dist.is_main else lambda message: None
-        found = measured(cfg, dist, batch=batch, rounds=rounds, steps=steps, warmup=warmup, say=say)
+        found = measured(cfg, dist, batch=batch, parts=parts, rounds=rounds, steps=steps, warmup=warmup, say=say)
         if not dist.is_main:
             return
         flags = f"--preset {preset} --batch {batch} --device {where.type} --dtype {dtype} --compile {compile}"
+        flags += " --cuda-graphs" * cuda_graphs + " --no-parts" * (not parts)
         result = step_report.result(
             found,
             where,

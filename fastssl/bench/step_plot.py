@@ -16,6 +16,7 @@ COLOURS = {
     "backward": "#756bb1",
     "communication": "#e7298a",
     "update": "#fdae6b",
+    "step": "#756bb1",
 }
 ROOF = "#7f7f7f"
 _SIZE, _DPI = (11.0, 3.4), 110

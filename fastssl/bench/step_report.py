@@ -37,8 +37,10 @@ Times = dict[str, list[list[float]]]
 
 
 def phases(times: Times) -> dict[str, list[float]]:
-    """ms of each part in each round; a difference that noise makes negative is 0."""
+    """ms of each part in each round; a difference that noise makes negative is 0.  The step as a whole where no parts were timed."""
     at = {name: [median(calls) for calls in rounds] for name, rounds in times.items()}
+    if "backward" not in at:
+        return at
     at.setdefault("exchange", at["backward"])
     parts = {"augment": at["augment"]}
     for part, (whole, less) in PHASES.items():
@@ -113,9 +115,7 @@ def result(found: dict, device: torch.device, *, gemm: float, copy: float, setti
 
 
 def binds(r: dict) -> str:
-    """What the step is bound by, and its three largest parts."""
-    parts = sorted(((ms, name) for name, ms in r["phases_ms"].items() if name != "augment"), reverse=True)[:3]
-    largest = ", ".join(f"{title(name)} {ms / r['step_ms']:.0%}" for ms, name in parts)
+    """What the step is bound by, and its three largest costs."""
     memory = r["share_of_memory_roof"]
     if r["host_ms"] and r["host_ms"] >= _NEAR * r["step_ms"]:
         what = f"launching from the host ({r['host_ms']:.1f} of {r['step_ms']:.1f} ms)"
@@ -125,7 +125,14 @@ def binds(r: dict) -> str:
         what = f"arithmetic ({r['share_of_compute_roof']:.0%} of its roof)"
     else:
         what = f"no roof: {r['share_of_compute_roof']:.0%} of the compute roof" + (f", {memory:.0%} of the memory roof" if memory else "")
-    return f"{what}; most of the time in {largest}"
+    return f"{what}; most of the time in {largest}" if (largest := costs(r)) else what
+
+
+def costs(r: dict) -> str:
+    """The three largest, with their shares of the step: by kinds of kernels where they are known, else by the parts that were timed."""
+    ms = r.get("kernel_ms") or {name: ms for name, ms in r["phases_ms"].items() if name not in ("augment", "step")}
+    three = sorted(ms.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(f"{title(name)} {part / r['step_ms']:.0%}" for name, part in three)
 
 
 def title(part: str) -> str:
@@ -148,13 +155,15 @@ def table(r: dict) -> str:
         f"  step {r['step_ms']:12,.2f} ms   5 % {r['step_ms_p5']:,.2f}, 95 % {r['step_ms_p95']:,.2f}, 99 % {r['step_ms_p99']:,.2f}",
     ]
     for part, ms in r["phases_ms"].items():
-        lines.append(f"  {title(part):27}{ms:12,.2f} ms{ms / r['step_ms']:8.1%}")
+        if part != "step":
+            lines.append(f"  {title(part):27}{ms:12,.2f} ms{ms / r['step_ms']:8.1%}")
     rates = f"{r['images_per_s']:,.1f} images/s, {r['views_per_s']:,.1f} views/s a rank"
     lines += [
         "",
         f"{rates}; {r['images_per_s_with_augment']:,.1f} images/s when augmentation comes on top",
         f"Memory: {r['peak_mib']:,.0f} MiB at most, {r['held_mib']:,.0f} of them between steps.",
         f"Launched: {_launched(r)}.",
+        *_kernels(r),
         *_roofs(r),
         f"What binds: {r['binds']}.",
     ]
@@ -165,6 +174,14 @@ def _launched(r: dict) -> str:
     kernels = f"{r['kernels']:,} kernels and copies, {r['host_syncs']} host synchronisations, " if r["kernels"] is not None else ""
     graphs = f", {r['graphs']} graphs, {r['graph_breaks']} breaks, {r['recompiles']} compiled after the warm-up" if r["compiled"] else ""
     return f"{kernels}{r['operators']:,} operators{graphs}"
+
+
+def _kernels(r: dict) -> list[str]:
+    if "kernel_ms" not in r:
+        return []
+    idle = max(0.0, r["step_ms"] - sum(r["kernel_ms"].values()))
+    kinds = ", ".join(f"{name} {ms:,.2f}" for name, ms in r["kernel_ms"].items())
+    return [f"Kernels, ms: {kinds}; nothing runs for {idle:,.2f}."]
 
 
 def _roofs(r: dict) -> list[str]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastssl.config import ConfigError
 from fastssl.models.features import Backbone, Features
+from fastssl.models.patch_projection import PatchProjection
 
 PATCH_SIZE = 4
 STRIDE = 32
@@ -49,7 +50,7 @@ class Swin(Backbone):
             raise ConfigError(f"--model.drop-path {drop_path} must be at least 0 and smaller than 1.")
         self.num_features, self.embed_dim, self.mask_stride = dim * 2 ** (len(depths) - 1), dim, STRIDE
         self.window, self.image_size = window, image_size
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, PATCH_SIZE, PATCH_SIZE), norm=_ChannelsLast(dim)))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=PatchProjection(dim, PATCH_SIZE), norm=_ChannelsLast(dim)))
         rates = iter([drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
         self.layers = nn.Sequential()
         for i, (depth, n) in enumerate(zip(depths, heads, strict=True)):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastssl.config import ConfigError
 from fastssl.models.features import Backbone, Features
+from fastssl.models.patch_projection import PatchProjection
 
 
 class ViT(Backbone):
@@ -53,7 +54,7 @@ class ViT(Backbone):
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, dim))
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=PatchProjection(dim, patch_size)))
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         options = {"qkv_bias": True, "norm_layer": norm, "init_values": layer_scale or None}
         self.blocks = nn.ModuleList(Block(dim, heads, drop_path=rate, **options) for rate in rates)

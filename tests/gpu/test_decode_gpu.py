@@ -29,8 +29,9 @@ needs_dali = pytest.mark.skipif(bool(dali.load()), reason=str(dali.load()))
 BACKENDS = [pytest.param("dali", marks=needs_dali), "torchvision_cuda"]
 
 # Of one image, on the 0..255 scale, against libjpeg-turbo.  DALI is asked for the same interpolation of the colour planes;
-# torchvision takes nvJPEG's default, which repeats their pixels, so single pixels at coloured edges differ more.
-TOLERANCE = {"dali": (2.0, 40), "torchvision_cuda": (4.0, 90)}
+# torchvision takes nvJPEG's default, which repeats their pixels, so single pixels at coloured edges differ more: where libjpeg-turbo
+# itself repeats them, these samples differ by up to 5.6 in the mean (8 x 16 pixels, 4:2:0) and 26 in a pixel.
+TOLERANCE = {"dali": (2.0, 40), "torchvision_cuda": (6.5, 90)}
 
 
 @pytest.fixture(scope="module")

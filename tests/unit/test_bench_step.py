@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.models.resnet import BasicBlock
 
-from fastssl.bench import roof, step, step_report, train
+from fastssl.bench import kernels, roof, step, step_report, train
 from fastssl.bench.training import per_rank
 from fastssl.config import ConfigError
 from fastssl.models.backbones import RESNETS, build_backbone
@@ -111,10 +111,42 @@ def test_a_difference_below_zero_counts_as_zero():
     assert (found["communication"], found["update"]) == (2.0, 3.0)
 
 
+def test_without_parts_the_step_alone_is_timed(tmp_path):
+    step.bench("simclr_mini", batch=4, device="cpu", parts=False, rounds=1, steps=1, out=tmp_path)
+    r = json.loads((tmp_path / "step_simclr_mini.json").read_text())
+    assert set(r["phases_ms"]) == {"augment", "step"} and r["phases_ms"]["step"] == pytest.approx(r["step_ms"])
+    assert "--no-parts" in r["command"] and "most of the time" not in r["binds"] and "  step  " in step_report.table(r)
+    assert (tmp_path / "step_simclr_mini.png").stat().st_size > 0
+
+
+def test_kernels_by_kind():
+    """Names as torch 2.11 gives them on an H100."""
+    names = {
+        "sm90_xmma_wgrad_indexed_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64": "convolutions",
+        "void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816fprop_optimized_bf16_256x64_32x4_nhwc_align8>": "convolutions",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64_4x1x1_cga1x1x1_kernel0_0": "attention",
+        "nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN": "matrix products",
+        "triton_red_fused_native_layer_norm_3": "fused reductions (norms, softmax, losses)",
+        "triton_poi_fused_gelu_gelu_backward_view_52": "fused elementwise",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<...>": "optimizer, clipping, EMA",
+        "ncclDevKernel_AllReduce_Sum_f32_RING_LL": "communication",
+        "Memcpy DtoD (Device -> Device)": "copies and fills",
+        "void at::native::reduce_kernel<128, 4, at::native::ReduceOp<float>>": "other",
+    }
+    assert {name: kernels.kind(name) for name in names} == names
+    found = kernels.totals(
+        [(name, 1000.0 * (i + 1)) for i, name in enumerate(names)] + [("triton_poi_fused_gelu_gelu_backward_view_52", 500.0)]
+    )
+    assert list(found["kernel_ms"].items())[:2] == [("other", 10.0), ("copies and fills", 9.0)]
+    assert found["kernel_ms"]["convolutions"] == 3.0 and sum(found["kernel_ms"].values()) == pytest.approx(55.5)
+    gelu = next(k for k in found["largest_kernels"] if "gelu" in k["name"])
+    assert (gelu["calls"], gelu["ms"]) == (2, 6.5)
+
+
 def test_operators_are_those_that_python_calls():
     a = torch.ones(4, 4)
     # addmm is one, whatever it calls
-    assert step.launches(lambda: torch.addmm(a, a, a) + 1, CPU) == {"kernels": None, "operators": 2, "host_syncs": None}
+    assert kernels.launches(lambda: torch.addmm(a, a, a) + 1, CPU) == {"kernels": None, "operators": 2, "host_syncs": None}
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from fastssl.config import ConfigError, ModelConfig
 from fastssl.ema import without_drop_path
 from fastssl.models.backbones import ARCHITECTURES, VITS, build_backbone
 from fastssl.models.features import Features
+from fastssl.models.patch_projection import PatchProjection
 from fastssl.models.vit import ViT, interpolation_matrix, probe_features
 
 SMALL = dict(dim=24, depth=3, heads=3, patch_size=8, image_size=32)
@@ -250,3 +252,22 @@ def test_probe_features():
     assert probe_features([last], average=True).tolist() == [[11, 7, 12, 4]]
     with pytest.raises(ValueError, match="one block, got 2"):
         probe_features([first, last], average=True)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_patch_projection_is_a_convolution(layout: torch.memory_format):
+    """Values, gradients and layout; a rest of the image is not seen."""
+    torch.manual_seed(0)
+    ours = PatchProjection(6, 4).double().to(memory_format=layout)
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 6, 4, 4).double().to(memory_format=layout)
+    torch.testing.assert_close(ours.state_dict(), conv.state_dict(), rtol=0, atol=0)
+    inputs = [torch.randn(2, 3, 9, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    inputs = [x.to(memory_format=layout).requires_grad_() for x in inputs]
+    found, expected = ours(inputs[0]), conv(inputs[1])
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected)
+    for y in (found, expected):
+        (y * torch.arange(y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    torch.testing.assert_close([p.grad for p in ours.parameters()], [p.grad for p in conv.parameters()])
