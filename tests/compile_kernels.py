@@ -18,18 +18,20 @@ from triton.compiler import ASTSource
 
 from fastssl.augment import fused
 from fastssl.augment.fused.draws import SAMPLES, draw_kernel
-from fastssl.optim import scale_kernel
+from fastssl.optim import momentum_kernel, scale_kernel
+from fastssl.optim.tables import BLOCK
 
 # Types of the kernels' arguments, in the names they share.
 TYPES = {
     "*bf16": "out",
     "*u16": "mid",
     "*u8": "pixels",
-    "*i64": "offset order orders index addresses sizes owners starts",
+    "*i64": "offset order orders index tensors weights grads buffers sizes owners starts firsts",
     "*i32": "pitch height width",
     "*i1": "flips bicubic whole jitter grey solarize",
-    "*fp32": "sums boxes brightness contrast saturation hue sigma mean std table factors",
+    "*fp32": "sums boxes brightness contrast saturation hue sigma mean std table factors parts roots scales found_inf",
     "*fp64": "limits",
+    "fp32": "decay momentum lr",
     "i32": "batch all_views first_view seed epoch",
 }
 TYPE = {name: kind for kind, names in TYPES.items() for name in names.split()}
@@ -42,7 +44,10 @@ KERNELS = (
     (fused.weights_kernel, {"SIZE": 224, "TAPS": 16, "LINES": fused.LINES}),
     (fused.blur_kernel, {**VIEWS, **TILES, "TAPS": 16}),
     (draw_kernel, {"STREAM": 2, "LIMITS": 14, "BLOCK": SAMPLES}),
-    (scale_kernel.scale_kernel, {"DTYPE": scale_kernel.DTYPES[torch.float32], "BLOCK": scale_kernel.BLOCK}),
+    (scale_kernel.scale_kernel, {"DTYPE": scale_kernel.DTYPES[torch.float32], "BLOCK": BLOCK}),
+    (momentum_kernel.squares_kernel, {"BLOCK": BLOCK}),
+    (momentum_kernel.roots_kernel, {"BLOCK": momentum_kernel.PARTS}),
+    (momentum_kernel.step_kernel, {"SKIPS": True, "BLOCK": BLOCK}),
 )
 
 

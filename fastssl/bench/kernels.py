@@ -19,7 +19,7 @@ KINDS = {
     "matrix products": r"gemm|nvjet|cutlass|gemv|splitk",
     "fused reductions (norms, softmax, losses)": r"^triton_(red|per|mix)",
     "fused elementwise": r"^triton_(poi|for)",
-    "optimizer, clipping, EMA": r"multi_tensor|fused_(adam|sgd)|lpnorm|scale_kernel",
+    "optimizer, clipping, EMA": r"multi_tensor|fused_(adam|sgd)|lpnorm|(scale|squares|roots|step)_kernel",
     "communication": r"nccl",
     "copies and fills": r"memcpy|memset|copy|fill",
 }

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastssl.optim.scale import scale_each_
+from fastssl.optim.momentum import momentum_step_, norms
 
 
 class _Lars(torch.optim.Optimizer):
-    """buf <- mu buf + d;  w <- w - lr buf, where the direction d of each form is made from w and its gradient.
+    """buf <- mu buf + d;  w <- w - lr buf, where the direction d = s (g + c w) of each form is made from w and its gradient.
 
-    All norms and ratios stay on the device.  A non-finite gradient found by the GradScaler skips the update there too
-    (`found_inf`), through torch's fused SGD.  Gradients are consumed: `.grad` holds d afterwards.
+    All norms and ratios stay on the device.  A non-finite gradient found by the GradScaler skips the update there too (`found_inf`).
+    Gradients may be consumed.
     """
 
     _step_supports_amp_scaling = True
@@ -20,9 +20,9 @@ class _Lars(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], *, lr: float, weight_decay: float, sgd_momentum: float = 0.9, eta: float = 0.001):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "sgd_momentum": sgd_momentum, "eta": eta, "excluded": False})
 
-    def direction_(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> float:
-        """Turn the gradients of one group into d, in place -> the learning rate outside the buffer."""
-        raise NotImplementedError(f"{type(self).__name__} has no direction_")
+    def direction(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> tuple[Tensor | float, float, float]:
+        """-> s of every tensor of one group, [tensors], or of all; c; the learning rate outside the buffer."""
+        raise NotImplementedError(f"{type(self).__name__} has no direction")
 
     @torch.no_grad()
     def step(self) -> None:
@@ -31,25 +31,22 @@ class _Lars(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = [p.grad for p in params]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            lr = self.direction_(group, params, grads)
-            torch._fused_sgd_(
-                params,
-                grads,
-                [self.state[p]["momentum_buffer"] for p in params],
-                weight_decay=0.0,
-                momentum=group["sgd_momentum"],
-                lr=lr,
-                dampening=0.0,
-                nesterov=False,
-                maximize=False,
-                is_first_step=False,
-                grad_scale=None,
-                found_inf=found_inf,
-            )
+            grads, buffers = [in_layout(p.grad, p) for p in params], [self._buffer(p) for p in params]
+            scales, decay, lr = self.direction(group, params, grads)
+            options = {"momentum": group["sgd_momentum"], "lr": lr, "found_inf": found_inf}
+            momentum_step_(params, grads, buffers, scales, decay, **options)
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        # A checkpoint may come from a run with other layouts.
+        state["momentum_buffer"] = in_layout(state["momentum_buffer"], p) if state else torch.zeros_like(p)
+        return state["momentum_buffer"]
+
+
+def in_layout(t: Tensor, p: Tensor) -> Tensor:
+    """`t` itself, or a copy of it where its elements lie in another order than those of `p`."""
+    same = t.stride() == p.stride() or all(a == b for n, a, b in zip(p.shape, t.stride(), p.stride(), strict=True) if n != 1)
+    return t if same else torch.empty_like(p).copy_(t)
 
 
 class LARS(_Lars):
@@ -59,17 +56,13 @@ class LARS(_Lars):
     The learning rate is inside the buffer (DeepMind's LARS applies it outside, and uses |g + wd w|).
     """
 
-    def direction_(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> float:
+    def direction(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> tuple[Tensor | float, float, float]:
         if group["excluded"]:
-            torch._foreach_mul_(grads, group["lr"])
-        else:
-            wd = group["weight_decay"]
-            w_norm, g_norm = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
-            denominator = g_norm + wd * w_norm
-            ratio = torch.where(denominator > 0, group["eta"] * w_norm / denominator, 0.0) * group["lr"]
-            torch._foreach_add_(grads, params, alpha=wd)
-            scale_each_(grads, ratio)
-        return 1.0
+            return group["lr"], 0.0, 1.0
+        wd = group["weight_decay"]
+        w_norm, g_norm = norms(params, grads)
+        denominator = g_norm + wd * w_norm
+        return torch.where(denominator > 0, group["eta"] * w_norm / denominator, 0.0) * group["lr"], wd, 1.0
 
 
 class BarlowLARS(_Lars):
@@ -79,10 +72,9 @@ class BarlowLARS(_Lars):
     The learning rate is outside the buffer.
     """
 
-    def direction_(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> float:
-        if not group["excluded"]:
-            torch._foreach_add_(grads, params, alpha=group["weight_decay"])
-            w_norm, d_norm = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
-            ratio = torch.where((w_norm > 0) & (d_norm > 0), group["eta"] * w_norm / d_norm, 1.0)
-            scale_each_(grads, ratio)
-        return group["lr"]
+    def direction(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> tuple[Tensor | float, float, float]:
+        if group["excluded"]:
+            return 1.0, 0.0, group["lr"]
+        wd = group["weight_decay"]
+        w_norm, d_norm = norms(params, grads, wd)
+        return torch.where((w_norm > 0) & (d_norm > 0), group["eta"] * w_norm / d_norm, 1.0), wd, group["lr"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -62,21 +63,78 @@ def test_clipping_does_not_repair_a_bad_gradient(bad: float):
     assert not p.grad.isfinite().all()
 
 
-def test_the_kernel_multiplies_each_tensor_by_its_own_factor(monkeypatch):
-    """Interpreted where there is no GPU: sizes below, at and above a program's, of other orders in memory, and none at all."""
+@pytest.fixture
+def interpreted():
+    """Kernels run in Triton's interpreter, which conftest asks for where there is no GPU."""
     if torch.cuda.is_available():
-        pytest.skip("with CUDA the kernel is compiled: tests/gpu")
-    scale_kernel = pytest.importorskip("fastssl.optim.scale_kernel", reason="needs Triton")
-    monkeypatch.setattr(scale_kernel, "BLOCK", 16)
-    for dtype in (torch.float32, torch.float64):
-        tensors = [torch.randn(shape, dtype=dtype) for shape in ((3,), (4, 4), (5, 7), (0,), (2, 3, 2, 2), (1, 1))]
-        tensors[4] = tensors[4].to(memory_format=torch.channels_last)
-        factors = torch.tensor([2.0, math.nan, -0.3, 1.0, 0.0, 7.0], dtype=dtype)
-        expected = [t * f for t, f in zip(tensors, factors, strict=True)]
-        scale_kernel.launch(tensors, factors)
-        torch.testing.assert_close(tensors, expected, rtol=0, atol=0, equal_nan=True)
+        pytest.skip("with CUDA kernels are compiled: tests/gpu")
+    pytest.importorskip("triton")
+
+
+SHAPES = ((3,), (4, 4), (5, 7), (0,), (2, 3, 2, 2), (1, 1))
+"""Of tensors smaller, as large and larger than the 16 elements of a program here, of another order in memory (the fifth), and of none."""
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    found = [torch.randn(shape, dtype=dtype) for shape in SHAPES]
+    found[4] = found[4].to(memory_format=torch.channels_last)
+    return found
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernel_multiplies_each_tensor_by_its_own_factor(dtype: torch.dtype):
+    from fastssl.optim import scale_kernel
+
+    given, factors = tensors(dtype), torch.tensor([2.0, math.nan, -0.3, 1.0, 0.0, 7.0], dtype=dtype)
+    expected = [t * f for t, f in zip(given, factors, strict=True)]
+    scale_kernel.launch(given, factors, block=16)
+    torch.testing.assert_close(given, expected, rtol=0, atol=0, equal_nan=True)
     with pytest.raises(ValueError, match="fp32"):
-        scale_kernel.launch(tensors, factors.float())
+        scale_kernel.launch(given, factors.to(torch.float16))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_the_kernels_of_momentum_are_torchs_operations(decay: float, monkeypatch):
+    from fastssl.optim import momentum, momentum_kernel
+
+    monkeypatch.setattr(momentum_kernel, "PARTS", 2)
+    torch.manual_seed(0)
+    params, grads, buffers = tensors(), tensors(), tensors()
+    expected = momentum.norms(params, grads, decay)
+    torch.testing.assert_close(momentum_kernel.norms(params, grads, decay, block=16), expected)
+    for scales in (torch.rand(len(params)), 0.7):
+        for found_inf in (None, torch.zeros(()), torch.ones(())):
+            theirs = [[t.clone() for t in group] for group in (params, grads, buffers)]
+            ours = [[t.clone() for t in group] for group in (params, grads, buffers)]
+            momentum.momentum_step_(*theirs, scales, decay, momentum=0.9, lr=0.2, found_inf=found_inf)
+            momentum_kernel.step_(*ours, scales, decay, 0.9, 0.2, found_inf, block=16)
+            torch.testing.assert_close(ours[0] + ours[2], theirs[0] + theirs[2])
+            assert all(map(torch.equal, ours[0], params)) == (found_inf is not None and bool(found_inf))
+
+
+def test_momentum_of_another_layout_is_taken_over():
+    """As from a checkpoint of a run without channels-last."""
+
+    def run(layout: torch.memory_format, saved: dict | None = None) -> torch.optim.Optimizer:
+        conv = nn.Conv2d(3, 4, 3)
+        with torch.no_grad():
+            conv.weight.copy_(torch.arange(108.0).view(4, 3, 3, 3))
+        conv.to(memory_format=layout)
+        optimizer = build_optimizer(conv, config(BarlowLars(base_lr=1.0)))
+        if saved is not None:
+            optimizer.load_state_dict(copy.deepcopy(saved))
+        for p in conv.parameters():
+            p.grad = torch.ones_like(p) * torch.arange(float(p.shape[0])).view(-1, *[1] * (p.dim() - 1))
+        optimizer.step()
+        return optimizer
+
+    first = run(torch.contiguous_format).state_dict()
+    again = [run(layout, first) for layout in (torch.contiguous_format, torch.channels_last)]
+    buffers = [[o.state[p]["momentum_buffer"] for g in o.param_groups for p in g["params"]] for o in again]
+    torch.testing.assert_close(*buffers)
+    assert buffers[1][0].is_contiguous(memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------------------------------ groups
