@@ -46,7 +46,7 @@ KERNELS = (
     (draw_kernel, {"STREAM": 2, "LIMITS": 14, "BLOCK": SAMPLES}),
     (scale_kernel.scale_kernel, {"DTYPE": scale_kernel.DTYPES[torch.float32], "BLOCK": BLOCK}),
     (momentum_kernel.squares_kernel, {"BLOCK": BLOCK}),
-    (momentum_kernel.roots_kernel, {"BLOCK": momentum_kernel.PARTS}),
+    (momentum_kernel.roots_kernel, {"ROUNDS": 256, "BLOCK": momentum_kernel.PARTS}),
     (momentum_kernel.step_kernel, {"SKIPS": True, "BLOCK": BLOCK}),
 )
 

@@ -32,14 +32,14 @@ def squares_kernel(weights, grads, sizes, owners, starts, parts, decay, BLOCK: t
 
 
 @triton.jit
-def roots_kernel(parts, firsts, roots, BLOCK: tl.constexpr):
-    """roots[k, i]: of the sum of parts[c, k] over the chunks c of tensor i."""
+def roots_kernel(parts, firsts, roots, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
+    """roots[k, i]: of the sum of parts[c, k] over the chunks c of tensor i, at most ROUNDS x BLOCK of them."""
     i, k = tl.program_id(0), tl.program_id(1)
-    end = tl.load(firsts + i + 1)
+    c, end = tl.load(firsts + i) + tl.arange(0, BLOCK), tl.load(firsts + i + 1)
     total = tl.zeros([BLOCK], tl.float32)
-    for first in range(tl.load(firsts + i), end, BLOCK):
-        c = first + tl.arange(0, BLOCK)
+    for _ in range(ROUNDS):
         total += tl.load(parts + 2 * c + k, mask=c < end, other=0.0)
+        c += BLOCK
     tl.store(roots + k * tl.num_programs(0) + i, tl.sqrt(tl.sum(total)))
 
 
@@ -69,7 +69,7 @@ def norms(params: Sequence[Tensor], grads: Sequence[Tensor], decay: float, block
     c = chunks(tuple(p.numel() for p in params), params[0].device, block)
     parts, roots = params[0].new_empty(len(c.owners), 2), params[0].new_empty(2, len(params))
     squares_kernel[(len(c.owners),)](addresses(params), addresses(grads), c.sizes, c.owners, c.starts, parts, decay, BLOCK=block)
-    roots_kernel[(len(params), 2)](parts, c.firsts, roots, BLOCK=PARTS)
+    roots_kernel[(len(params), 2)](parts, c.firsts, roots, ROUNDS=triton.cdiv(c.most, PARTS), BLOCK=PARTS)
     return roots[0], roots[1]
 
 

@@ -14,7 +14,7 @@ BLOCK = 1024
 
 
 class Chunks(NamedTuple):
-    """int64, on the device."""
+    """Tensors: int64, on the device."""
 
     sizes: Tensor
     """[tensors]: elements."""
@@ -24,6 +24,8 @@ class Chunks(NamedTuple):
     """[chunks]: its first element there."""
     firsts: Tensor
     """[tensors + 1]: the first chunk of each tensor; their number."""
+    most: int
+    """Chunks of the largest tensor."""
 
 
 @lru_cache(maxsize=8)
@@ -32,7 +34,7 @@ def chunks(sizes: tuple[int, ...], device: torch.device, block: int = BLOCK) -> 
     firsts = torch.cat((torch.zeros(1, dtype=torch.int64), each.cumsum(0)))
     owners = torch.arange(len(sizes)).repeat_interleave(each)
     starts = (torch.arange(len(owners)) - firsts[:-1].repeat_interleave(each)) * block
-    return Chunks(*(on_device(t, device) for t in (torch.tensor(sizes), owners, starts, firsts)))
+    return Chunks(*(on_device(t, device) for t in (torch.tensor(sizes), owners, starts, firsts)), most=int(each.max()))
 
 
 def addresses(tensors: Sequence[Tensor]) -> Tensor:
