@@ -23,7 +23,6 @@ from fastssl.optim.tables import BLOCK
 
 # Types of the kernels' arguments, in the names they share.
 TYPES = {
-    "*bf16": "out",
     "*u16": "mid",
     "*u8": "pixels",
     "*i64": "offset order orders index tensors weights grads buffers sizes owners starts firsts",
@@ -36,7 +35,7 @@ TYPES = {
 }
 TYPE = {name: kind for kind, names in TYPES.items() for name in names.split()}
 VIEWS = {"VIEWS": 2, "SIZE": 224, "CHANNELS_LAST": True}
-TILES = {"TILE": fused.TILE, "CHUNK": fused.CHUNK, "SPLIT": True}
+TILES = {"TILE": fused.TILE, "CHUNK": fused.CHUNK, "SPLIT": None}
 KERNELS = (
     (fused.crop_kernel, {**VIEWS, **TILES, "JITTER": True, "BLUR": True}),
     (fused.crop_kernel, {**VIEWS, **TILES, "JITTER": False, "BLUR": False}),
@@ -52,11 +51,14 @@ KERNELS = (
 
 
 def main() -> None:
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    capability = int(sys.argv[1])
+    target = GPUTarget("cuda", capability, 32)
+    # What the engine and the augmentation take there.
+    types, choices = TYPE | {"out": "*bf16" if capability >= 80 else "*fp16"}, {"SPLIT": capability >= 75}
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    for kernel, constants in KERNELS:
-        names = kernel.arg_names
-        signature = {name: "constexpr" if name in constants else TYPE[name] for name in names}
+    for kernel, given in KERNELS:
+        names, constants = kernel.arg_names, given | {name: choices[name] for name in given if name in choices}
+        signature = {name: "constexpr" if name in constants else types[name] for name in names}
         aligned = {
             (i,): [["tt.divisibility", 16]]
             for i, n in enumerate(names)

@@ -142,7 +142,7 @@ def test_draws_are_those_of_the_reference(seed: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [70, 80, 90, 100])
 def test_kernels_compile(capability: int):
     """For a GPU that need not be there, down to machine code: what the interpreter takes is not always what the compiler takes."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
