@@ -115,6 +115,8 @@ def prepare(method: Method, cfg: RunConfig, dist: Dist, steps_per_epoch: int) ->
     recompute = cfg.efficiency.checkpointing == "stages"
     for backbone in (m for m in method.modules() if isinstance(m, Backbone)):
         backbone.recompute = recompute
+    for pair in method.ema:
+        pair.collect()
     optimizer = build_optimizer(method, cfg)
     compiled = compiles(cfg, dist.device)
     if cfg.efficiency.cuda_graphs and not (compiled and dist.device.type == "cuda"):
@@ -159,7 +161,7 @@ def train_step(state: State, micro_batches: Sequence[Views] | Iterator[Views]) -
     state.scaler.unscale_(state.optimizer)
     state.metrics.add_skipped(state.scaler, state.optimizer)
     if state.cfg.optim.clip_grad:
-        clip_each_(state.method.parameters(), state.cfg.optim.clip_grad)
+        clip_each_((p for group in state.optimizer.param_groups for p in group["params"]), state.cfg.optim.clip_grad)
     for p in state.method.dropped_gradients(sched):
         p.grad = None
     state.scaler.step(state.optimizer)
