@@ -1,4 +1,4 @@
-"""The step bench as a picture: the parts of a step one after the other, and the roofs."""
+"""The step bench as a picture: the parts of a step one after the other, its kernels by kind, and the roofs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLOURS = {
     "step": "#756bb1",
 }
 ROOF = "#7f7f7f"
-_SIZE, _DPI = (11.0, 3.4), 110
+_SIZE, _DPI = (11.0, 3.8), 110
 """Inches; dots per inch."""
 
 
@@ -34,8 +34,14 @@ def save_plot(result: dict, path: Path) -> None:
         elif ms > 0:
             axis.barh(0, ms, left=left, color=COLOURS[part], label=f"{title(part)} {ms:,.1f}")
             left += ms
-    roofs = {"compute": result["compute_roof_ms"], "memory": result["memory_roof_ms"]}
     labels = ["step", "augment"]
+    if kinds := result.get("kernel_ms"):
+        at = 0.0
+        for i, (kind, ms) in enumerate(kinds.items()):
+            axis.barh(len(labels), ms, left=at, color=f"C{i}", alpha=0.7, label=f"{kind} {ms:,.1f}")
+            at += ms
+        labels.append("kernels")
+    roofs = {"compute": result["compute_roof_ms"], "memory": result["memory_roof_ms"]}
     for name, ms in roofs.items():
         if ms is not None:
             axis.barh(len(labels), ms, color=ROOF)
@@ -45,7 +51,7 @@ def save_plot(result: dict, path: Path) -> None:
     axis.set_ylim(len(labels) - 0.4, -0.6)
     axis.set_xlim(0, 1.02 * max(left, result["step_ms"], *(ms or 0 for ms in roofs.values()), result["phases_ms"]["augment"]))
     axis.set_xlabel("CPU ms (1 thread)" if result["device_type"] == "cpu" else "ms")
-    axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axis.legend(fontsize=8 if kinds else 9, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axis.set_title(
         f"{result['preset']} on {result['device']}: {result['batch']} images x ({result['sizes']}), {result['dtype']}, "
         f"{result['images_per_s']:,.1f} images/s",

@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.models.resnet import BasicBlock
 
 from fastssl.bench import kernels, roof, step, step_report, train
+from fastssl.bench.step_plot import save_plot
 from fastssl.bench.training import per_rank
 from fastssl.config import ConfigError
 from fastssl.models.backbones import RESNETS, build_backbone
@@ -71,6 +72,17 @@ def test_files_and_table(small):
     for part in result["phases_ms"]:
         assert step_report.title(part) in text
     assert "What binds: no roof" in text and "clip + optimizer + EMA" in text
+
+
+def test_kinds_of_kernels_are_costs_and_a_bar(small, tmp_path):
+    result = {**small[0], "kernel_ms": {"convolutions": 0.5 * small[0]["step_ms"], "attention": 0.1 * small[0]["step_ms"]}}
+    assert step_report.costs(result) == "convolutions 50%, attention 10%"
+    assert "nothing runs for" in step_report.table(result)
+    pictures = []
+    for name, r in (("without", small[0]), ("with", result)):
+        save_plot(r, tmp_path / name)
+        pictures.append(np.asarray(Image.open(tmp_path / name).convert("RGB")))
+    assert pictures[0].shape == pictures[1].shape and (pictures[0] != pictures[1]).mean() > 0.02
 
 
 # ------------------------------------------------------------------------------------------------ what is calculated
