@@ -466,6 +466,7 @@ def test_evaluation_view_is_only_resized_and_normalised(pictures):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+@pytest.mark.skipif(torch.__version__.startswith("2.7."), reason="what torch 2.7 compiles of it for a CPU crashes; only GPUs compile it")
 def test_colour_chain_compiles_whole(batch_of):
     """One graph without a break, the same numbers, no second compilation for another batch of that shape."""
     spec = (View(crop=Crop(size=12), photometric=EVERYTHING),) * 2
