@@ -36,7 +36,7 @@ lint: $(READY)  ## ruff
 
 lock:  ## compile requirements*.txt from requirements.in (needs uv)
 	@$(COMPILE) requirements.in -o requirements.txt
-	@$(COMPILE) requirements.in --override <(printf 'torch==2.7.1\ntorchvision==0.22.1\n') -o requirements-torch27.txt
+	@$(COMPILE) requirements.in --override <(printf 'torch==2.7.1\ntorchvision==0.22.1\nnumpy<2.4\n') -o requirements-torch27.txt
 	@$(COMPILE) -c requirements.txt <(echo nvidia-dali-cuda120==2.4.0) -o requirements-dali.txt
 
 convert-imagenet: $(if $(IMAGENET),$(READY))  ## class folders, the official tars, STL-10, CIFAR, shards -> .beton, once    IMAGENET=DIR [OUT=data/imagenet] [FORMAT=webdataset] [ARGS="--verify ..."]
