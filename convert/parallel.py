@@ -1,4 +1,8 @@
-"""Work on all cores whose results come back in order, in bounded memory.  Processes, because Pillow's plugins hold the GIL."""
+"""Work on all cores whose results come back in order, in bounded memory.  Processes, because Pillow's plugins hold the GIL.
+
+Every worker has a pipe of its own: when one is killed, in the middle of a result too, its pipe ends and the work with it.  (In
+concurrent.futures they share one, and the reader of half a result waits for the rest for ever.)
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,20 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from multiprocessing.pool import ExceptionWithTraceback
+from queue import SimpleQueue
+from threading import Thread
 from typing import TypeVar
 
 from convert.progress import note
 from loaders.errors import DataError
 
 T = TypeVar("T")
+AHEAD = 4
+"""Tasks that a worker is given before its first result is taken."""
 
 
 def usable_workers(workers: int) -> int:
@@ -42,25 +51,98 @@ def _interrupts_held() -> Iterator[None]:
 def in_order(function: Callable[..., T], tasks: Iterable[tuple], workers: int) -> Iterator[T]:
     """function(*task) of every task, in order, computed by `workers` processes; with one worker in this process.
 
-    A bounded number of results waits, so memory does not grow with the tasks.  Close the iterator to stop early.  Raises
-    DataError when a process is killed.
+    A bounded number of results waits, so memory does not grow with the tasks.  Close the iterator to stop early: what is being
+    computed is given up.  Raises DataError when a process is killed.
     """
     if workers <= 1:
         for task in tasks:
             yield function(*task)
         return
-    # Spawned, not forked: the caller may hold threads and their locks (torch, numba).
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    pending = deque()
+    crew: list[_Worker] = []
+    tasks = iter(tasks)
     try:
-        for task in tasks:
-            with _interrupts_held():  # the pool starts a process when a task needs one
-                pending.append(pool.submit(function, *task))
-            if len(pending) == 4 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as e:
-        raise DataError("A worker process was killed, most likely for lack of memory. Try again with fewer --workers.") from e
+        given = taken = 0
+        while True:
+            for task in islice(tasks, AHEAD * workers - (given - taken)):
+                if len(crew) < workers:
+                    crew.append(_Worker(function))
+                crew[given % workers].give(task)
+                given += 1
+            if taken == given:
+                return
+            yield _result(crew, crew[taken % workers])
+            taken += 1
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in crew:
+            worker.end()
+
+
+class _Worker:
+    """A process that computes what it is given, one task after the other."""
+
+    def __init__(self, function: Callable) -> None:
+        # Spawned, not forked: the caller may hold threads and their locks (torch, numba).
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, function), daemon=True)
+        with _interrupts_held():
+            self._process.start()
+        theirs.close()  # the process alone holds it: the pipe ends with it
+        self.outcomes: deque[tuple[bool, object]] = deque()
+
+    def give(self, task: tuple) -> None:
+        with _killed_is_said():
+            self.pipe.send(task)
+
+    def take(self) -> None:
+        """Wait for an outcome."""
+        with _killed_is_said():
+            self.outcomes.append(self.pipe.recv())
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
+
+
+@contextmanager
+def _killed_is_said() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as e:
+        raise DataError("A worker process was killed, most likely for lack of memory. Try again with fewer --workers.") from e
+
+
+def _result(crew: list[_Worker], first: _Worker):
+    """The next result of `first`.  Those of the others are taken from their pipes meanwhile, so that they go on."""
+    while True:
+        ready = wait([w.pipe for w in crew], timeout=0 if first.outcomes else None)
+        for worker in crew:
+            if worker.pipe in ready:
+                worker.take()
+        if first.outcomes:
+            done, outcome = first.outcomes.popleft()
+            if done:
+                return outcome
+            raise outcome
+
+
+def _work(pipe: Connection, function: Callable) -> None:
+    """A worker's life.  Tasks are read beside the work: whoever gives them never waits, even when nobody takes the results."""
+    tasks: SimpleQueue[tuple] = SimpleQueue()
+
+    def read() -> None:
+        try:
+            while True:
+                tasks.put(pipe.recv())
+        except (EOFError, OSError):
+            os._exit(0)  # the parent is gone
+
+    Thread(target=read, daemon=True).start()
+    while True:
+        task = tasks.get()
+        try:
+            outcome = True, function(*task)
+        except Exception as e:
+            outcome = False, ExceptionWithTraceback(e, e.__traceback__)
+        pipe.send(outcome)

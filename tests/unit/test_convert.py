@@ -22,6 +22,7 @@ from PIL import Image
 import convert.write as write
 from convert.encode import DamagedImage, Encoding, encode, encode_all
 from convert.imagenet import convert_folder, convert_imagenet
+from convert.parallel import in_order
 from convert.progress import Progress
 from convert.sources import Files, from_class_folders
 from loaders.beton import JPEG, RAW, Beton
@@ -237,6 +238,28 @@ def test_killed_worker(tmp_path):
         child.kill()
     with pytest.raises(DataError, match="A worker process was killed.*fewer --workers"):
         list(results)
+
+
+def test_worker_killed_in_the_middle_of_a_result():
+    """More bytes than a pipe holds, and nobody reads them."""
+    results = in_order(bytes, [(8 << 20,)] * 12, workers=2)
+    assert len(next(results)) == 8 << 20
+    time.sleep(1.0)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(DataError, match="A worker process was killed"):
+        list(results)
+    assert not multiprocessing.active_children()
+
+
+def test_errors_of_workers_and_results_in_order():
+    assert list(in_order(divmod, [(i, 3) for i in range(50)], workers=3)) == [divmod(i, 3) for i in range(50)]
+    results = in_order(divmod, [(1, 1), (1, 0), (1, 1)], workers=2)
+    assert next(results) == (1, 0)
+    with pytest.raises(ZeroDivisionError) as raised:
+        next(results)
+    assert "_work" in str(raised.value.__cause__), "where it happened"
+    assert not multiprocessing.active_children() and list(in_order(divmod, [], workers=2)) == []
 
 
 def test_command_line(source, tmp_path):
