@@ -14,11 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 from fastssl.bench.augment_work import Run
 
 KINDS = {
+    # First: Inductor names a kernel after all that is fused in it, which may be the gradient of a convolution.
+    "fused reductions (norms, softmax, losses)": r"^triton_(red|per|mix)",
+    "fused elementwise": r"^triton_(poi|for)",
     "attention": r"flash|fmha|attention|sdpa",
     "convolutions": r"fprop|dgrad|wgrad|conv",
     "matrix products": r"gemm|nvjet|cutlass|gemv|splitk",
-    "fused reductions (norms, softmax, losses)": r"^triton_(red|per|mix)",
-    "fused elementwise": r"^triton_(poi|for)",
     "optimizer, clipping, EMA": r"multi_tensor|fused_(adam|sgd)|lpnorm|(scale|squares|roots|step)_kernel",
     "communication": r"nccl",
     "copies and fills": r"memcpy|memset|copy|fill",
