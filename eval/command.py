@@ -22,7 +22,6 @@ from fastssl.views import Photometric
 from loaders.errors import DataError
 from loaders.open import Backend
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ORIGIN = ("arch", "method", "step", "network")
 """Of a backbone's description, for results."""
 

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from eval import command
-from eval.command import DTYPES, EvaluationArgs, Subject, open_subject
+from eval.command import EvaluationArgs, Subject, open_subject
 from eval.features import Bank, check_kind, extract, extracted, width
 from eval.labels import check_apart
 from eval.results import run_as
@@ -26,6 +26,7 @@ from fastssl.config import ConfigError
 from fastssl.distributed import Dist
 from fastssl.models.features import Backbone
 from fastssl.models.weights import weights_digest
+from fastssl.precision import DTYPES
 from fastssl.views import CenterCrop, Interpolation, Photometric, View
 from loaders.build import EvalLoader, build_eval_loader
 from loaders.open import Backend

@@ -11,8 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastssl.batch import ImageBatch, Views
+from fastssl.collectives import rank
 from fastssl.config import ConfigError
 from fastssl.models.features import Backbone
+from fastssl.precision import autocast
 
 
 @dataclass
@@ -118,7 +120,7 @@ def extracted(
     try:
         backbone.eval()
         for batch in _progress(loader, what):
-            with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+            with autocast(device, dtype):
                 (images,) = augment(batch).per_view()
                 found = feature(backbone, images, kind).float()
             yield Bank(found, None if batch.label is None else batch.label.clone(), batch.index.clone())
@@ -155,5 +157,4 @@ class SharedFeatures:
 
 
 def _progress(loader: Iterable[ImageBatch], what: str) -> Iterable[ImageBatch]:
-    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    return tqdm(loader, desc=what, unit="batch", leave=False, disable=not (main and sys.stderr.isatty()))
+    return tqdm(loader, desc=what, unit="batch", leave=False, disable=rank() > 0 or not sys.stderr.isatty())

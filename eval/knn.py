@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from eval import command, labels
-from eval.command import DTYPES, open_subject, result_path
+from eval.command import open_subject, result_path
 from eval.extract import FeatureArgs, Part, Recipe, banks, shown, take
 from eval.protocols import KNN_PROTOCOLS, LewelMonitor, WeightedKNN
 from eval.results import check_writable, publish, table_line
@@ -24,6 +24,7 @@ from eval.votes import keep_index, knn, lewel_monitor
 from fastssl.config import ConfigError
 from fastssl.distributed import Dist
 from fastssl.models.features import Backbone
+from fastssl.precision import name_of
 from fastssl.views import Photometric
 from loaders.build import EvalLoader
 from loaders.errors import DataError
@@ -56,7 +57,7 @@ def evaluate(
         crop=crop,
         interpolation=protocol.interpolation,
         normalisation=normalisation or Photometric(),
-        dtype=next(name for name, known in DTYPES.items() if known is dtype),
+        dtype=name_of(dtype),
     )
     parts = {"train": ("train", subset), "val": ("val", "")}
     reading = {"forward": forward, "backend": backend, "workers": workers}

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from eval import command
-from eval.command import DTYPES, EvaluationArgs, open_subject, result_path
+from eval.command import EvaluationArgs, open_subject, result_path
 from eval.features import SharedFeatures, check_kind
 from eval.linear_protocols import LINEAR_PROTOCOLS, LinearProtocol, changed
 from eval.probe import BEST, PUBLISHED, Kept, Probe, open_data
@@ -26,6 +26,7 @@ from fastssl.config import ConfigError
 from fastssl.distributed import Dist
 from fastssl.models.features import Backbone
 from fastssl.models.resnet import ResNet
+from fastssl.precision import DTYPES, name_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def measure(
     settings = protocol.settings(vit=vit, sweep=sweep)
     data = open_data(data_path, protocol, dist=dist, dtype=dtype, seed=seed, **reading)
     probe = Probe(backbone, protocol, settings, protocol.base_lr is not None, data, dist, kind, dtype, seed, shared or SharedFeatures(0))
-    precision = next(name for name, known in DTYPES.items() if known is dtype)
+    precision = name_of(dtype)
     parts = {name: reading.get(name, "") for name in ("subset", "queries")}
     named = {"kind": "" if kind == published else kind, "dtype": "" if precision == "fp32" else precision, **parts}
     run_as = protocol.run_as(**named)

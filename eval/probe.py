@@ -18,9 +18,9 @@ from eval.linear_protocols import LinearProtocol, Setting
 from fastssl.augment.augmenter import Augmenter
 from fastssl.batch import ImageBatch
 from fastssl.checkpoint import CheckpointError
+from fastssl.collectives import gathered
 from fastssl.config import ConfigError
 from fastssl.distributed import Dist
-from fastssl.losses.collectives import gathered
 from fastssl.models.features import Backbone
 from fastssl.models.weights import weights_digest
 from fastssl.views import Crop, Photometric, View

@@ -27,6 +27,7 @@ from fastssl.distributed import Dist
 from fastssl.models.features import Backbone
 from fastssl.models.norm import broadcast_running_statistics
 from fastssl.models.weights import weights_digest
+from fastssl.precision import autocast
 from fastssl.views import Photometric
 
 FORMAT = "fastssl-tuning-1"
@@ -166,7 +167,7 @@ class Tuning(Epochs):
             x, targets = self.data.images.mixed(*next(images), step, part)
             last = part == self.data.passes - 1
             with contextlib.nullcontext() if last or self.dist.world == 1 else self.wrapped.no_sync():
-                with self._autocast():
+                with autocast(self.dist.device, self.dtype):
                     logits = self.wrapped(x)
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing) / self.data.passes
                 self.scaler.scale(loss).backward()
@@ -186,12 +187,9 @@ class Tuning(Epochs):
     def _scored(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.data.val:
             (x,) = self.data.val_crops(batch).per_view()
-            with self._autocast():
+            with autocast(self.dist.device, self.dtype):
                 logits = self.model(x)
             yield logits.float(), batch.label.long()
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.dist.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16))
 
     def line(self, record: Record) -> str:
         lr = self.protocol.lr((record.epoch - 1) * self.data.steps_per_epoch, self.data.steps_per_epoch)

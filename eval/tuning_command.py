@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from eval.command import DTYPES, EvaluationArgs, open_subject, result_path
+from eval.command import EvaluationArgs, open_subject, result_path
 from eval.results import publish, table_line, together
 from eval.tuning import FORMAT, Tuning, open_data
 from eval.tuning_protocols import TUNING_PROTOCOLS, TuningProtocol, changed
 from fastssl.checkpoint import atomic_save
 from fastssl.distributed import Dist
 from fastssl.models.features import Backbone
+from fastssl.precision import DTYPES
 from fastssl.views import Photometric
 
 

@@ -11,7 +11,6 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,11 +28,11 @@ from fastssl.checkpoint import CheckpointError
 from fastssl.config import ConfigError, EvalConfig, RunConfig, from_dict
 from fastssl.distributed import Dist
 from fastssl.method import Method
-from fastssl.methods import METHODS
+from fastssl.methods import METHODS, build_method
 from fastssl.methods.lewel import LEWEL
 from fastssl.methods.lewel_m import LEWELM
 from fastssl.methods.scfs import SCFS
-from fastssl.models.backbones import MOCOV3_VITS, VITS, build_backbone
+from fastssl.models.backbones import MOCOV3_VITS, VITS
 from fastssl.models.vit import ViT
 from fastssl.models.weights import load_backbone
 from fastssl.pictures import CAPTION, GAP, MARGIN, write
@@ -104,9 +103,7 @@ def saved_config(saved: dict, name: str) -> RunConfig:
 
 def load_method(saved: dict, cfg: RunConfig, name: str) -> Method:
     """The method with the weights of a training checkpoint, in eval mode on the CPU.  CheckpointError for weights that do not fit."""
-    m = cfg.model
-    backbone = partial(build_backbone, m.arch, image_size=m.image_size, drop_path=m.drop_path, layer_scale=m.layer_scale)
-    method = METHODS[cfg.method.name](cfg.method, backbone, cfg.model.norm)
+    method = build_method(cfg)
     checkpoint.load_weights(method, saved, Path(name))
     if not all(bool(t.isfinite().all()) for t in method.state_dict().values()):
         raise CheckpointError(f"{name} holds weights that are not finite: the run diverged. Take an earlier checkpoint.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ class CheckpointError(RuntimeError):
     """The checkpoint cannot be written or used; the message says what to do."""
 
 
+@functools.cache  # of the code that runs: a checkout may change during a run
 def versions() -> dict[str, str]:
     """Versions and commit that a result depends on."""
     import torchvision

@@ -7,10 +7,11 @@ import difflib
 import math
 from collections.abc import Sequence
 
+import torch
 import tyro
 
 from fastssl.config import ConfigError, RunConfig
-from fastssl.methods import METHODS
+from fastssl.methods import METHODS, build_method
 from fastssl.presets import DEFAULTS, PRESETS
 
 DESCRIPTION = """Pretrain a backbone.  --method NAME takes that method's default preset, --preset NAME any; every value of it
@@ -110,6 +111,8 @@ def check(cfg: RunConfig, world: int) -> list[str]:
         raise ConfigError(
             "--efficiency.cuda-graphs True: a replay overwrites the gradients of the one before. Take --train.accumulation-steps 1."
         )
+    with torch.device("meta"):  # networks without weights: what their constructors refuse
+        build_method(cfg)
     warnings = []
     if cfg.model.norm != "sync" and t.published_rank_batch not in (None, batch):
         warnings.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -65,3 +68,10 @@ def session(device: str = "auto") -> Iterator[Dist]:
     yield Dist(rank, world, local_rank, local_world, here)
     if world > 1:
         dist.destroy_process_group()
+
+
+def data_parallel(module: nn.Module, **options) -> DistributedDataParallel:
+    """DDP that leaves buffers alone after the start: running statistics are synchronised by whoever needs them equal."""
+    # torch 2.13 renamed the option.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    return DistributedDataParallel(module, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False}, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import shutil
 import sysconfig
@@ -15,11 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.batch import ImageBatch, Views
 from fastssl.config import ConfigError, RunConfig
-from fastssl.distributed import Dist
+from fastssl.distributed import Dist, data_parallel
 from fastssl.method import Method, StepOutput
 from fastssl.metrics import Metrics, Record
 from fastssl.models.features import Backbone
@@ -27,14 +25,13 @@ from fastssl.models.norm import broadcast_running_statistics
 from fastssl.optim.build import build_optimizer, build_schedules, set_scalars
 from fastssl.optim.clip import clip_each_
 from fastssl.optim.schedules import Sched, Schedules
+from fastssl.precision import DTYPES, autocast
 from fastssl.rng import STEP, random_u32
 
 if TYPE_CHECKING:
     from fastssl.hooks import Hook
 
 log = logging.getLogger("fastssl")
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -131,13 +128,10 @@ def prepare(method: Method, cfg: RunConfig, dist: Dist, steps_per_epoch: int) ->
             torch._dynamo.config.optimize_ddp = False  # torch 2.7 cannot cut a graph that recomputes parts
     model: nn.Module = method
     if dist.world > 1:
-        # Buffers are not synchronised: the one policy that needs rank 0's statistics has its own flat broadcast.
-        # torch 2.13 renamed the option.
-        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-        no_buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
         # A static graph loses gradients of the micro-batches that are not exchanged (no_sync).
         static = cfg.train.accumulation_steps == 1
-        model = DistributedDataParallel(method, gradient_as_bucket_view=True, static_graph=static, **no_buffers)
+        # The one norm policy that needs rank 0's statistics has its own flat broadcast.
+        model = data_parallel(method, gradient_as_bucket_view=True, static_graph=static)
         if cfg.efficiency.gradient_dtype == "bf16":
             model.register_comm_hook(None, bf16_compress_hook)
     # One mechanism finds non-finite gradients for every dtype; only fp16 needs a scale other than 1.
@@ -182,7 +176,7 @@ def forward_backward(state: State, micro_batches: Iterator[Views], sched: Sched)
         last = k == n - 1
         with contextlib.nullcontext() if last or state.dist.world == 1 else state.model.no_sync():
             begin_pass(state)
-            with autocast(state):
+            with autocast(state.dist.device, state.dtype):
                 out = state.model(state.method.arrange(next(micro_batches), sched), sched)
             state.scaler.scale(out.loss / n if n > 1 else out.loss).backward()
         outputs.append(StepOutput(out.loss.detach(), out.logs, out.keys))
@@ -197,12 +191,6 @@ def begin_pass(state: State) -> None:
     """To be called before each forward pass: a replayed CUDA graph may now overwrite what the last pass returned."""
     if state.cfg.efficiency.cuda_graphs:
         torch.compiler.cudagraph_mark_step_begin()
-
-
-def autocast(state: State):
-    return torch.autocast(
-        state.dist.device.type, dtype=state.dtype if state.dtype.itemsize == 2 else None, enabled=state.dtype.itemsize == 2
-    )
 
 
 def update_targets(method: Method, sched: Sched, when: str) -> None:

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -81,7 +82,7 @@ class Progress(Hook):
         memory = f" | mem {r['perf/mem_gib']:.1f} G" if "perf/mem_gib" in r else ""
         log.info(
             f"ep {r['epoch']:.2f} | step {state.step}/{state.total_steps} | loss {r['train/loss']:.4f} | lr {r['sched/lr']:.4g} | "
-            f"{rates}{memory} | eta {time.strftime('%H:%M:%S', time.gmtime(remaining))}"
+            f"{rates}{memory} | eta {timedelta(seconds=round(remaining))}"
         )
 
     def close(self) -> None:

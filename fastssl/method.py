@@ -13,7 +13,7 @@ from fastssl.collapse import SPREAD, Watch
 from fastssl.config import ConfigError, MethodConfig, RunConfig
 from fastssl.ema import Ema
 from fastssl.optim.schedules import Sched
-from fastssl.views import ViewSpec
+from fastssl.views import ViewSpec, groups
 
 
 class StepOutput(NamedTuple):
@@ -60,7 +60,12 @@ class Method(nn.Module):
 
     @classmethod
     def check_views(cls, views: ViewSpec) -> None:
-        """Raise ConfigError when the method cannot train on these views."""
+        """Raise ConfigError when the method cannot train on these views.  Unless overridden it takes two of one size."""
+        if groups(views) != ((0, 1),):
+            sizes = [v.crop.size for v in views]
+            raise ConfigError(
+                f"{cls.__name__} trains on two views of one size, got sizes {sizes}. Give both views the same --views.N.crop.size."
+            )
 
     @classmethod
     def check_ranks(cls, cfg: RunConfig, world: int) -> None:

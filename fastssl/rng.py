@@ -73,14 +73,6 @@ def random_u32(seed, stream, epoch, a, b):
     return word
 
 
-def uniform_numpy(seed: int, stream: int, epoch: int, sample: np.ndarray, view: int, slots: int) -> np.ndarray:
-    """[B] sample ids -> float64 [B, slots] on the host."""
-    out = np.empty((len(sample), slots))
-    for row, s in zip(out, sample, strict=True):
-        fill_uniform(row, seed, stream, epoch, s, view)
-    return out
-
-
 def uniform_torch(seed: int, stream: int, epoch: int, sample: torch.Tensor, views: torch.Tensor, slots: int):
     """[B] sample ids, [V] view ids -> float64 [V, B, slots] on their device: the numbers `fill_uniform` gives.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastssl.losses.collectives import total, world_size
+from fastssl.collectives import total, world_size
 from fastssl.models.norm import SyncBatchNorm
 
 

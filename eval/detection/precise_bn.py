@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.losses.collectives import world_size
+from fastssl.collectives import world_size
 from fastssl.models.norm import broadcast_running_statistics
 
 BATCHES = 200

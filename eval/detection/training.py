@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from eval.detection.data import Sample, TrainingPhotos, normalised, on_device
@@ -25,7 +24,7 @@ from eval.results import together
 from eval.unfinished import read_state
 from fastssl.checkpoint import atomic_save
 from fastssl.config import ConfigError
-from fastssl.distributed import Dist
+from fastssl.distributed import Dist, data_parallel
 from fastssl.rng import STEP, uniform_torch
 
 FORMAT = "fastssl-detection-1"
@@ -55,7 +54,7 @@ class Training:
         self.optimizer = torch.optim.SGD(groups, lr=self.preset.lr(0), momentum=self.preset.sgd_momentum)
         self.wrapped = self.detector
         if self.dist.world > 1:  # synchronised BatchNorms have equal statistics on all ranks
-            self.wrapped = DistributedDataParallel(self.detector, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.wrapped = data_parallel(self.detector, gradient_as_bucket_view=True)
 
     def run(self, state_file: Path | None, identity: dict[str, object], say: Callable[[str], None]) -> None:
         """Train the iterations that are left, then take the BatchNorm statistics.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from eval import command
-from eval.command import DTYPES, open_subject
+from eval.command import open_subject
 from eval.results import beside, check_writable, data_name, publish, table_line, together
 from eval.segmentation.datasets import Annotated, open_annotated
 from eval.segmentation.protocols import SEGMENTATION_PROTOCOLS, SegmentationProtocol, changed
@@ -22,6 +22,7 @@ from fastssl.checkpoint import atomic_save, versions
 from fastssl.config import ConfigError
 from fastssl.distributed import Dist
 from fastssl.models.features import Backbone
+from fastssl.precision import DTYPES
 from fastssl.views import Photometric
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.segmentation.heads import resized
-from fastssl.losses.collectives import total, world_size
+from fastssl.collectives import total, world_size
 from fastssl.precision import wide
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastssl.losses.collectives import total
+from fastssl.collectives import total
 
 BETA2 = 0.3
 """Of the F-measure."""

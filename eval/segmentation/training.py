@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from eval.results import together
@@ -29,10 +28,11 @@ from eval.segmentation.scores import Scores
 from eval.unfinished import read_state
 from fastssl.checkpoint import atomic_save
 from fastssl.config import ConfigError
-from fastssl.distributed import Dist
+from fastssl.distributed import Dist, data_parallel
 from fastssl.models.features import Backbone
 from fastssl.models.weights import weights_digest
 from fastssl.optim.param_groups import split_by_layer
+from fastssl.precision import autocast
 from fastssl.rng import STEP, random_u32
 from fastssl.views import Photometric
 from loaders.build import decoder_threads
@@ -84,7 +84,7 @@ class Segmentation:
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         # running statistics are those of all ranks, so DDP has none to copy
-        self.wrapped = DistributedDataParallel(self.model, broadcast_buffers=False) if self.dist.world > 1 else self.model
+        self.wrapped = data_parallel(self.model) if self.dist.world > 1 else self.model
         crops = Crops(self.data, protocol, self.normalisation, seed=self.seed)
         threads = decoder_threads(self.workers, self.dist)
         self.batches = Batches(crops, len(self.data.train), protocol, dist=self.dist, seed=self.seed, threads=threads)
@@ -134,7 +134,7 @@ class Segmentation:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         torch.manual_seed(int(random_u32(self.seed, STEP, step, self.dist.rank, 0)))  # of dropout: a run that goes on draws the same
-        with self._autocast():
+        with autocast(self.dist.device, self.dtype):
             outputs = self.wrapped(x)
         losses = [self._loss(logits, y) for logits in outputs]
         loss = losses[0] + AUXILIARY_WEIGHT * losses[1] if len(losses) > 1 else losses[0]
@@ -173,12 +173,9 @@ class Segmentation:
         bar = tqdm(numbers, desc="validation", unit="image", leave=False, disable=not (self.dist.is_main and sys.stderr.isatty()))
         for number in bar:
             image, label = self.data.read(self.data.val[number])
-            with self._autocast():
+            with autocast(self.dist.device, self.dtype):
                 found = label_map(self.model, image, self.protocol, normalised)
             yield image, label, found
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.dist.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16))
 
     def line(self, record: Record, rate: float) -> str:
         """A record in words; rate: steps a second."""

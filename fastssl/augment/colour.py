@@ -34,21 +34,6 @@ def blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     return (f * x + (1 - f) * other).clamp(0, 255)
 
 
-def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with black."""
-    return (_per_sample(factor) * x).clamp(0, 255)
-
-
-def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the mean of the grey image (Pillow rounds that mean to a whole number)."""
-    return blend(x, luma(x).mean((2, 3), keepdim=True), factor)
-
-
-def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the grey image."""
-    return blend(x, luma(x), factor)
-
-
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of the HSV cone by `shift` turns, cut to whole 255ths as torchvision does; value and saturation stay."""
     r, g, b = x.unbind(1)
@@ -69,7 +54,8 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 def jitter(x: Tensor, order: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
     """The four operations in each sample's own order.  order: int64 [N, 4], the operation at each place.
 
-    The three blends differ in what they blend with, so a place costs one blend and one hue turn for all samples.
+    Brightness blends with black, contrast with the mean of the grey image (which Pillow rounds to a whole number), saturation with the
+    grey image: the blends differ in nothing else, so a place costs one blend and one hue turn for all samples.
     """
     factors = torch.stack((brightness, contrast, saturation, torch.ones_like(hue)), 1)
     for place in range(4):

@@ -16,8 +16,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from fastssl.bench.augment_clock import samples
 from fastssl.bench.training import Rank
-from fastssl.engine import autocast
 from fastssl.models.resnet import ResNet
+from fastssl.precision import autocast
 
 REACHED = 0.9
 """Share of the datasheet's memory rate that the memory roof counts with: what long copies reach."""
@@ -109,7 +109,7 @@ def record(rank: Rank) -> Recorded:
         # The plain formula of attention: fused kernels are not counted on every device, and may compute things twice.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         with counter:
-            with autocast(state):
+            with autocast(state.dist.device, state.dtype):
                 loss = method.forward(method.arrange(rank.views, sched), sched).loss
             loss.backward()
     state.optimizer.zero_grad(set_to_none=True)

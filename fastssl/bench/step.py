@@ -41,7 +41,8 @@ from fastssl.bench.step_report import Times
 from fastssl.bench.training import Rank, named, one_rank, per_rank
 from fastssl.config import RunConfig
 from fastssl.distributed import Dist, session
-from fastssl.engine import autocast, begin_pass, compile_mode, compiles, forward_backward, train_step
+from fastssl.engine import begin_pass, compile_mode, compiles, forward_backward, train_step
+from fastssl.precision import autocast
 from loaders.errors import DataError
 
 OUT = Path("data/bench")
@@ -67,7 +68,7 @@ def prefixes(rank: Rank, recorded: Recorded) -> dict[str, Run]:
         )
 
     def replay(calls: list[Call]) -> None:
-        with autocast(state):
+        with autocast(state.dist.device, state.dtype):
             for call in calls:
                 begin_pass(state)
                 with torch.set_grad_enabled(call.grad):
@@ -75,7 +76,7 @@ def prefixes(rank: Rank, recorded: Recorded) -> dict[str, Run]:
 
     def forward() -> None:
         begin_pass(state)
-        with autocast(state):
+        with autocast(state.dist.device, state.dtype):
             state.method(state.method.arrange(views, sched), sched)
 
     def backward(which) -> None:

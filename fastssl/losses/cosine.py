@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from fastssl.precision import unit_rows
 
 
 def cosine_loss(p: Tensor, t: Tensor) -> Tensor:
@@ -11,7 +12,4 @@ def cosine_loss(p: Tensor, t: Tensor) -> Tensor:
 
     p, t: [..., D], leading dimensions are rows -> scalar, fp32 or wider.  Norms are floored at 1e-12.
     """
-    if p.dtype.itemsize < 4:
-        p, t = p.float(), t.float()
-    cosine = (F.normalize(p, dim=-1, eps=1e-12) * F.normalize(t, dim=-1, eps=1e-12)).sum(-1)
-    return 2 - 2 * cosine.mean()
+    return 2 - 2 * (unit_rows(p) * unit_rows(t)).sum(-1).mean()

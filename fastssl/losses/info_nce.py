@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastssl.precision import wide
+
 BLOCK = 2**23
 """Logits held at a time (32 MB in fp32)."""
 
@@ -53,9 +55,8 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float, *, block: 
     q, k: [R, D] unit rows, queue: [K, D] unit rows n_j -> scalar; int64 [R]: negatives nearer to q than its k is (0: none).
     Gradients go to q only.  fp32 or wider, also under autocast.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        loss, _, rank = _InfoNCE.apply(q.to(wide), k.detach().to(wide), queue.to(wide), temperature, block)
+        loss, _, rank = _InfoNCE.apply(wide(q), wide(k.detach()), wide(queue), temperature, block)
     return loss.mean(), rank
 
 

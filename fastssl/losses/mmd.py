@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastssl.losses.collectives import world_size
+from fastssl.collectives import world_size
 from fastssl.losses.pairs import pair_sum
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastssl.losses.collectives import gathered, rank, total, world_size
+from fastssl.collectives import gathered, rank, total, world_size
 from fastssl.precision import wide
 
 Kernel = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastssl.models.overlap import overlap_coordinates, sampling_matrix
+from fastssl.losses.overlap import overlap_coordinates, sampling_matrix
 from fastssl.precision import wide
 
 Factors = Sequence[Tensor]

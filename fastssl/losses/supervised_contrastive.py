@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastssl.losses.collectives import gathered, rank, total, world_size
+from fastssl.collectives import gathered, rank, total, world_size
 
 
 def supervised_contrastive(rows: Tensor, positives: Tensor, *, temperature: float, base_temperature: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastssl.losses.collectives import world_size
+from fastssl.collectives import world_size
 from fastssl.losses.pairs import pair_sum
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastssl.losses.collectives import global_sum, total, world_size
+from fastssl.collectives import global_sum, total, world_size
 from fastssl.losses.pairs import pair_sum, product
 from fastssl.precision import wide
 

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from fastssl.batch import Views
 from fastssl.collapse import embedding_logs
-from fastssl.config import ConfigError, MethodConfig
+from fastssl.config import MethodConfig
 from fastssl.ema import Ema, frozen_copy
 from fastssl.losses.cosine import cosine_loss
 from fastssl.method import Method, StepOutput
-from fastssl.models.heads import MLP
+from fastssl.models.heads import MLP, Pooled
 from fastssl.models.norm import apply_norm_policy
 from fastssl.optim.schedules import Sched
-from fastssl.views import ViewSpec, groups
 
 
 class BYOL(Method):
@@ -54,10 +53,6 @@ class BYOL(Method):
         self.eman = norm == "eman"
         self.ema = (Ema(self.online, self.target, buffers=self.eman, target_mode="eval" if self.eman else "train"),)
 
-    @classmethod
-    def check_views(cls, views: ViewSpec) -> None:
-        check_two_views(cls.__name__, views)
-
     def project_targets(self, views: Views) -> tuple[Tensor, ...]:
         """Target projections of each view, [B, K].  In eval mode (EMAN) both views are one batch; otherwise BatchNorm sees them apart."""
         with torch.no_grad():
@@ -71,17 +66,3 @@ class BYOL(Method):
         t1, t2 = self.project_targets(views)
         loss = cosine_loss(self.predictor(z1), t2) + cosine_loss(self.predictor(z2), t1)  # in [0, 8]
         return StepOutput(loss, embedding_logs(z1))
-
-
-class Pooled(nn.Module):
-    """Features -> their pooled vector [B, C]."""
-
-    def forward(self, features) -> Tensor:
-        return features.pooled
-
-
-def check_two_views(name: str, views: ViewSpec) -> None:
-    """One group of two views of equal size."""
-    if groups(views) != ((0, 1),):
-        sizes = [v.crop.size for v in views]
-        raise ConfigError(f"{name} trains on two views of one size, got sizes {sizes}. Give both views the same --views.N.crop.size.")

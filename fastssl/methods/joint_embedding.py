@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from fastssl.batch import Views
 from fastssl.config import MethodConfig
 from fastssl.method import Method
-from fastssl.methods.byol import check_two_views
 from fastssl.models.heads import ExpanderMLP
 from fastssl.models.norm import apply_norm_policy
 from fastssl.precision import wide
-from fastssl.views import ViewSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +40,9 @@ class Encoder(nn.Module):
 
 
 class JointEmbedding(Method):
-    """The network and its passes.  Subclasses write `forward`, and `check` if they take more than two views."""
+    """The network and its passes.  Subclasses write `forward`, and `check_views` if they take more than two views."""
 
     couples_batch = True
-    norm_policies = ("local", "sync")
     backbone_prefix = "encoder.backbone."
     norm_policies = ("local", "sync")
 
@@ -53,10 +50,6 @@ class JointEmbedding(Method):
         super().__init__()
         self.cfg = cfg
         self.encoder = apply_norm_policy(Encoder(backbone(), cfg.mlp), norm)
-
-    @classmethod
-    def check_views(cls, views: ViewSpec) -> None:
-        check_two_views(cls.__name__, views)
 
     def project(self, views: Views) -> tuple[Tensor, ...]:
         """[B, q] of every view in the declared order, in fp32 or wider, not normalised.

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.batch import Views
@@ -24,11 +23,10 @@ from fastssl.config import ConfigError, MethodConfig, RunConfig
 from fastssl.ema import Ema, frozen_copy
 from fastssl.losses.cosine import cosine_loss
 from fastssl.method import Method, StepOutput
-from fastssl.methods.byol import check_two_views
 from fastssl.models.heads import MLP
 from fastssl.models.norm import apply_norm_policy
 from fastssl.optim.schedules import Sched
-from fastssl.views import ViewSpec
+from fastssl.precision import unit_rows
 
 
 class Embeddings(NamedTuple):
@@ -46,9 +44,7 @@ def pooled_and_pixels(feature_map: Tensor) -> Tensor:
 
 def alignment_maps(scores: Tensor, scale: float) -> Tensor:
     """[B, N, K] -> [B, N, K]: unit vectors over K at each pixel, then a softmax over the N pixels of each map."""
-    if scores.dtype.itemsize < 4:
-        scores = scores.float()
-    return torch.softmax(F.normalize(scores, dim=-1, eps=1e-12) / scale, dim=1)
+    return torch.softmax(unit_rows(scores) / scale, dim=1)
 
 
 def aligned_pooling(pixels: Tensor, maps: Tensor, heads: int) -> Tensor:
@@ -142,10 +138,6 @@ class LEWEL(Method):
     def check(cls, cfg: RunConfig) -> None:
         super().check(cfg)
         check_feature_map(cls.__name__, cfg)
-
-    @classmethod
-    def check_views(cls, views: ViewSpec) -> None:
-        check_two_views(cls.__name__, views)
 
     def project_targets(self, views: Views) -> tuple[Embeddings, Embeddings]:
         """Target embeddings of each view.  In eval mode (EMAN) both views are one batch; otherwise BatchNorm sees them apart."""

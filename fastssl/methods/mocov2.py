@@ -17,19 +17,17 @@ from torch import Tensor, nn
 
 from fastssl.batch import Views
 from fastssl.collapse import embedding_logs
+from fastssl.collectives import world_size
 from fastssl.config import ConfigError, MethodConfig, RunConfig
 from fastssl.ema import Ema, average_buffers_, frozen_copy, without_drop_path
-from fastssl.losses.collectives import world_size
 from fastssl.losses.info_nce import info_nce, top
 from fastssl.method import Method, StepOutput
-from fastssl.methods.byol import Pooled, check_two_views
-from fastssl.models.heads import PlainMLP
+from fastssl.models.heads import PlainMLP, Pooled
 from fastssl.models.norm import apply_norm_policy
 from fastssl.models.queue import Queue
 from fastssl.models.shuffle import random_permutation, shuffled
 from fastssl.optim.schedules import Sched
 from fastssl.precision import unit_rows
-from fastssl.views import ViewSpec
 
 
 class MomentumContrast(Method):
@@ -52,10 +50,6 @@ class MomentumContrast(Method):
         # EMAN averages the running statistics after the query's forward pass, which has just moved them: `forward` does it.
         self.ema = (Ema(self.query, self.key, when="before_forward", target_mode="eval" if norm == "eman" else "train"),)
         self.register_buffer("key_step", torch.tensor(0.0), persistent=False)
-
-    @classmethod
-    def check_views(cls, views: ViewSpec) -> None:
-        check_two_views(cls.__name__, views)
 
     @classmethod
     def check(cls, cfg: RunConfig) -> None:

@@ -15,16 +15,14 @@ from torch import Tensor, nn
 
 from fastssl.batch import Views
 from fastssl.collapse import embedding_logs
+from fastssl.collectives import gathered
 from fastssl.config import ConfigError, MethodConfig
 from fastssl.ema import Ema, frozen_copy, without_drop_path
-from fastssl.losses.collectives import gathered
 from fastssl.losses.contrastive import in_batch_contrast
 from fastssl.method import Method, StepOutput
-from fastssl.methods.byol import check_two_views
 from fastssl.models.norm import apply_norm_policy
 from fastssl.optim.schedules import Sched
 from fastssl.precision import unit_rows
-from fastssl.views import ViewSpec
 
 
 class Head(nn.Sequential):
@@ -102,10 +100,6 @@ class MoCoV3(Method):
         self.target = without_drop_path(frozen_copy(self.online))
         self.ema = (Ema(self.online, self.target, when="before_forward"),)
         self.temperature = cfg.temperature
-
-    @classmethod
-    def check_views(cls, views: ViewSpec) -> None:
-        check_two_views(cls.__name__, views)
 
     def forward(self, views: Views, sched: Sched) -> StepOutput:
         z1, z2 = self.online(views)

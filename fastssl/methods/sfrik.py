@@ -53,11 +53,15 @@ class SFRIK(JointEmbedding):
 
     @classmethod
     def check(cls, cfg: RunConfig) -> None:
+        super().check(cfg)
         n, general = number_of_views(cfg.views), cfg.method.general_indices
-        if n < 2:
-            raise ConfigError(f"SFRIK aligns the views of an image and needs at least two, got {n}.")
         if not general or len(set(general)) < len(general) or not set(general) <= set(range(n)):
             raise ConfigError(f"--method.general-indices {list(general)} must name, once each, some of the {n} views 0 .. {n - 1}.")
+
+    @classmethod
+    def check_views(cls, views: ViewSpec) -> None:
+        if (n := number_of_views(views)) < 2:
+            raise ConfigError(f"SFRIK aligns the views of an image and needs at least two, got {n}.")
 
     def forward(self, views: Views, sched: Sched) -> StepOutput:
         return self.loss([unit_rows(z) for z in self.project(views)])

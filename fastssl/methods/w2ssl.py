@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from fastssl.batch import Views
 from fastssl.collapse import embedding_logs
+from fastssl.collectives import rank, world_size
 from fastssl.config import ConfigError, MethodConfig, RunConfig
 from fastssl.ema import Ema, frozen_copy
-from fastssl.losses.collectives import rank, world_size
 from fastssl.losses.supervised_contrastive import supervised_contrastive
 from fastssl.method import Method, StepOutput
 from fastssl.methods.mocov3 import Head

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastssl.collectives import world_size
+
 
 class Centers(nn.Module):
     """c <- m c + (1 - m) mean of the step's teacher rows, for several centres c [1, O] at once (DINO eq. 4).
@@ -42,7 +44,7 @@ class Centers(nn.Module):
     @torch.no_grad()
     def update(self) -> None:
         """Move every centre towards the mean of what all ranks accumulated since the last call; a collective."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if world_size() > 1:
             dist.all_reduce(self.pending)
         *sums, counts = self.pending.split((*self.sizes.values(), len(self.sizes)))
         for name, total, count in zip(self.sizes, sums, counts, strict=True):

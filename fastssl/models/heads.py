@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.config import ConfigError
+from fastssl.models.features import Features
 from fastssl.precision import unit_rows
+
+
+class Pooled(nn.Module):
+    """Features -> their pooled vector [B, C]."""
+
+    def forward(self, features: Features) -> Tensor:
+        return features.pooled
 
 
 class MLP(nn.Module):

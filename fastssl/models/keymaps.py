@@ -37,13 +37,6 @@ _DETECTRON2 = (
     (r"downsample\.0", "shortcut"),
     (r"downsample\.1", "shortcut.norm"),
 )
-_TORCHVISION = (
-    (r"^stem\.", ""),
-    (r"\bres(\d)", lambda m: f"layer{int(m[1]) - 1}"),
-    (r"conv([123])\.norm", r"bn\1"),
-    (r"shortcut\.norm", "downsample.1"),
-    (r"shortcut", "downsample.0"),
-)
 
 
 def detectron2(key: str) -> str:
@@ -62,11 +55,6 @@ def detectron2_fpn(key: str) -> str:
 def detectron2_c4(key: str) -> str:
     """The name in the state dict of Detectron2's C4 detectors, where layer4 belongs to the RoI heads."""
     return ("roi_heads." if key.startswith("layer4") else "backbone.") + detectron2(key)
-
-
-def from_detectron2(key: str) -> str:
-    """torchvision's name of a weight of the trunk: the inverse of all three."""
-    return _apply(_TORCHVISION, re.sub(r"^(backbone\.bottom_up|backbone|roi_heads)\.", "", key))
 
 
 # ------------------------------------------------------------------------------------------------ ViTs

@@ -2,7 +2,7 @@
 
 SyncBatchNorm is ours because torch.nn.SyncBatchNorm refuses CPU tensors and breaks compiled graphs.  One collective in the
 forward pass (every rank's mean, variance and count), one in the backward pass (two sums), both functional
-(losses/collectives.py), so that it compiles without a graph break and runs on gloo.
+(collectives.py), so that it compiles without a graph break and runs on gloo.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastssl.losses.collectives import gathered, total, world_size
+from fastssl.collectives import gathered, total, world_size
 
 
 class _SyncNorm(torch.autograd.Function):

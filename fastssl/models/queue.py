@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.losses.collectives import gathered
+from fastssl.collectives import gathered
 
 
 class Queue(nn.Module):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
-from fastssl.losses.collectives import gathered, rank
+from fastssl.collectives import gathered, rank
 
 Permutation = Callable[[int, torch.device], Tensor]
 """(n, device) -> an order of 0 .. n - 1, the same on all ranks."""

@@ -93,8 +93,8 @@ def operation(name: str, image: np.ndarray, amount: float = 0.0) -> np.ndarray:
     planes = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     square = image.shape[0] == image.shape[1]
     if name in ("contrast", "blur") and not square:
-        function = {"contrast": colour.adjust_contrast, "blur": blur.gaussian_blur}[name]
-        out = function(planes, torch.tensor([amount])).numpy()
+        factor, one, order = torch.tensor([amount]), torch.ones(1), torch.arange(4)[None]
+        out = (blur.gaussian_blur(planes, factor) if name == "blur" else colour.jitter(planes, order, one, factor, one, 0 * one)).numpy()
     else:
         given = {
             "flip": {"flip": True},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastssl.losses.collectives import gathered
+from fastssl.collectives import gathered
 from fastssl.losses.contrastive import in_batch_contrast
 from fastssl.methods.mocov3 import MoCoV3
 from fastssl.precision import unit_rows

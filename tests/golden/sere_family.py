@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastssl.losses.overlap import overlap_coordinates
 from fastssl.losses.relations import (
     channel_factors,
     channel_loss,
@@ -19,7 +20,6 @@ from fastssl.losses.relations import (
     relation_loss,
     teacher_relation,
 )
-from fastssl.models.overlap import overlap_coordinates
 from fastssl.models.relations import RelationHeads
 from tests.golden.kind import Arrays, Kind, compare
 

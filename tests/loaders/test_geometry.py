@@ -9,10 +9,11 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 
 from fastssl.recipes import W2SSL_HALVES, W2SSL_QUADRANTS, byol_asymmetric, center_crop
-from fastssl.rng import CROP, uniform_numpy
+from fastssl.rng import CROP
 from fastssl.views import CenterCrop, Crop, PatchCrop, View
 from loaders.errors import DataError
 from loaders.geometry import Geometry
+from tests.draws import uniform_numpy
 
 SIZES = [(375, 500), (500, 333), (1, 1), (2, 3), (8, 2000), (2000, 8), (64, 64), (33, 500)]
 CROPS = [

@@ -152,16 +152,24 @@ def test_detectron2(runs, tmp_path):
     saved = pickle.loads(exported(runs, "resnet18", "detectron2", tmp_path / "d.pkl").read_bytes())
     assert saved.keys() == {"model", "__author__", "matching_heuristics"} and saved["matching_heuristics"] is True
     fpn = torch.load(exported(runs, "resnet18", "detectron2-fpn", tmp_path / "d.pth"))
-    for state in (saved["model"], fpn):
-        back = keymaps.renamed({name: torch.as_tensor(t) for name, t in state.items()}, keymaps.from_detectron2)
-        assert back.keys() == expected.keys() and all(torch.equal(t, expected[name]) for name, t in back.items())
-    assert "res2.0.conv1.norm.weight" in saved["model"] and "backbone.bottom_up.stem.conv1.weight" in fpn
+    for state, there in ((saved["model"], keymaps.detectron2), (fpn, keymaps.detectron2_fpn)):
+        named = keymaps.renamed(expected, there)
+        assert state.keys() == named.keys() and all(torch.equal(torch.as_tensor(t), named[name]) for name, t in state.items())
 
 
-@pytest.mark.parametrize("name", ["conv1.weight", "bn1.bias", "layer4.0.downsample.1.running_mean", "layer1.1.conv3.weight"])
-def test_detectron2_names_come_back(name):
-    for there in (keymaps.detectron2, keymaps.detectron2_c4, keymaps.detectron2_fpn):
-        assert keymaps.from_detectron2(there(name)) == name
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("conv1.weight", "stem.conv1.weight"),
+        ("bn1.bias", "stem.conv1.norm.bias"),
+        ("layer4.0.downsample.1.running_mean", "res5.0.shortcut.norm.running_mean"),
+        ("layer1.1.conv3.weight", "res2.1.conv3.weight"),
+    ],
+)
+def test_detectron2_names(name, there):
+    assert keymaps.detectron2(name) == there
+    assert keymaps.detectron2_fpn(name) == f"backbone.bottom_up.{there}"
+    assert keymaps.detectron2_c4(name) == ("roi_heads." if "res5" in there else "backbone.") + there
 
 
 def test_openmmlab(runs, tmp_path):

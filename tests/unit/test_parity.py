@@ -94,7 +94,7 @@ def test_the_difference_is_pillows_rounding():
         f, sigma = torch.tensor([rng.uniform(0, 2)]).float(), torch.tensor([rng.uniform(0.1, 2)]).float()
         grey = rounded(colour.luma(x))
         compare("grey", grey.expand(-1, 3, -1, -1), TF.to_grayscale(image, 3))
-        compare("brightness", colour.adjust_brightness(x, f).floor(), TF.adjust_brightness(image, float(f)))
+        compare("brightness", colour.blend(x, 0 * x, f).floor(), TF.adjust_brightness(image, float(f)))
         compare("saturation", colour.blend(x, grey, f).floor(), TF.adjust_saturation(image, float(f)))
         compare("contrast", colour.blend(x, rounded(grey.double().mean()).float(), f).floor(), TF.adjust_contrast(image, float(f)))
         down, across = (blur.box_matrix(sigma, n) for n in (height, width))

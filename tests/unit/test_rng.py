@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastssl import rng
+from tests.draws import uniform_numpy
 
 KNOWN_ANSWERS = [
     ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -28,26 +29,26 @@ def test_torch_and_numba_draw_the_same_numbers(seed):
     drawn = rng.uniform_torch(seed, rng.COLOUR, 7, torch.from_numpy(samples), views, slots)
     assert drawn.shape == (3, len(samples), slots)
     for v in range(3):
-        np.testing.assert_array_equal(drawn[v].numpy(), rng.uniform_numpy(seed, rng.COLOUR, 7, samples, v, slots))
+        np.testing.assert_array_equal(drawn[v].numpy(), uniform_numpy(seed, rng.COLOUR, 7, samples, v, slots))
 
 
 def test_the_first_slots_do_not_depend_on_how_many_are_drawn():
     samples = np.arange(4)
-    long = rng.uniform_numpy(3, rng.CROP, 0, samples, 1, 23)
+    long = uniform_numpy(3, rng.CROP, 0, samples, 1, 23)
     for slots in (1, 4, 6):
-        np.testing.assert_array_equal(rng.uniform_numpy(3, rng.CROP, 0, samples, 1, slots), long[:, :slots])
+        np.testing.assert_array_equal(uniform_numpy(3, rng.CROP, 0, samples, 1, slots), long[:, :slots])
 
 
 def test_every_part_of_the_key_matters():
     base = {"seed": 1, "stream": rng.CROP, "epoch": 2, "sample": np.array([3]), "view": 4, "slots": 4}
     others = [{"seed": 2}, {"seed": 1 + 2**32}, {"stream": rng.COLOUR}, {"epoch": 3}, {"sample": np.array([4])}, {"view": 5}]
-    drawn = [tuple(rng.uniform_numpy(**(base | other)).ravel()) for other in [{}, *others]]
+    drawn = [tuple(uniform_numpy(**(base | other)).ravel()) for other in [{}, *others]]
     assert len(set(drawn)) == len(drawn)
     assert len({value for row in drawn for value in row}) == 4 * len(drawn)
 
 
 def test_values_are_uniform():
-    x = rng.uniform_numpy(0, rng.CROP, 0, np.arange(5000), 0, 8)
+    x = uniform_numpy(0, rng.CROP, 0, np.arange(5000), 0, 8)
     assert x.min() >= 0 and x.max() < 1
     counts = np.histogram(x, bins=64, range=(0, 1))[0]
     expected = x.size / 64
