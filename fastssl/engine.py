@@ -21,7 +21,7 @@ from fastssl.distributed import Dist, data_parallel
 from fastssl.method import Method, StepOutput
 from fastssl.metrics import Metrics, Record
 from fastssl.models.features import Backbone
-from fastssl.models.norm import broadcast_running_statistics
+from fastssl.models.norm import FiniteStatistics, broadcast_running_statistics
 from fastssl.optim.build import build_optimizer, build_schedules, set_scalars
 from fastssl.optim.clip import clip_each_
 from fastssl.optim.schedules import Sched, Schedules
@@ -78,6 +78,7 @@ class State:
     schedules: Schedules
     dtype: torch.dtype
     steps_per_epoch: int
+    statistics: FiniteStatistics
     compiled: bool = False
     """Whether the first steps compile."""
     step: int = 0
@@ -138,7 +139,9 @@ def prepare(method: Method, cfg: RunConfig, dist: Dist, steps_per_epoch: int) ->
     fp16 = dtype is torch.float16
     scaler = torch.amp.GradScaler(dist.device.type, init_scale=2.0**16 if fp16 else 1.0, growth_interval=2000 if fp16 else 2**31 - 1)
     schedules = build_schedules(cfg, steps_per_epoch)
-    return State(cfg, dist, method, model, optimizer, scaler, schedules, dtype, steps_per_epoch, compiled)
+    return State(
+        cfg, dist, method, model, optimizer, scaler, schedules, dtype, steps_per_epoch, FiniteStatistics(method), compiled=compiled
+    )
 
 
 def train_step(state: State, micro_batches: Sequence[Views] | Iterator[Views]) -> StepOutput:
@@ -151,7 +154,9 @@ def train_step(state: State, micro_batches: Sequence[Views] | Iterator[Views]) -
     update_targets(state.method, sched, "before_forward")
     if state.dist.world > 1 and state.cfg.model.norm in ("eman", "shuffle"):
         broadcast_running_statistics(state.method)
+    state.statistics.keep()
     out = forward_backward(state, iter(micro_batches), sched)
+    state.statistics.mend()
     state.scaler.unscale_(state.optimizer)
     state.metrics.add_skipped(state.scaler, state.optimizer)
     if state.cfg.optim.clip_grad:

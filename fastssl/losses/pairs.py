@@ -6,7 +6,8 @@ Each rank computes its B rows of T and, from these, the gradient with respect to
 multiplications, one gather forward, nothing backward (methods/sfrik.md 12).  Autograd on a gathered Z would take three of
 N N q on every rank and exchange the gradient of all rows, [N, q].
 
-Precision: under autocast the operands of the products are 16-bit; sums, and all that is done with T, are fp32 or wider.
+Precision: under autocast the operands of the products are 16-bit; sums, and all that is done with T, are fp32 or wider.  C becomes
+an operand: its range is for s to take, as fp16 ends at 65,504 and below 6e-8.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from fastssl.precision import wide
 
 Kernel = Callable[[Tensor], tuple[Tensor, Tensor]]
 """T -> k(T) and k'(T), element by element."""
-Terms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""This rank's rows, all rows -> its share of a sum; C [B, N], the sum's gradient being C Z for this rank's rows."""
+Terms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""This rank's rows, all rows -> its share of a sum; C [B, N] and s [B, 1], the sum's gradient being s (C Z) for this rank's rows."""
 
 _CHUNK = 1 << 21
 """Entries of T that are looked at together, 8 MiB in fp32: 512 rows of N = 4096."""
@@ -55,18 +56,18 @@ class _GlobalLoss(torch.autograd.Function):
     def forward(ctx, z: Tensor, dtype: torch.dtype, terms: Terms) -> Tensor:
         rows = z.to(dtype)
         others = gathered(rows)
-        value, c = terms(rows, others)
+        value, c, scale = terms(rows, others)
         c = c.to(dtype)
         # Several ranks give the gathered rows back; alone C is the smaller thing to keep.
-        ctx.save_for_backward(z, c if world_size() == 1 else product(c, others).mul_(world_size()))
+        ctx.save_for_backward(z, scale, c if world_size() == 1 else product(c, others).mul_(scale * world_size()))
         return total(value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         # The scale of the loss, 1 / N^2 or a scaler's, meets the gradient in fp32.
-        z, kept = ctx.saved_tensors
-        return (product(kept, z.to(kept.dtype)).mul_(grad) if world_size() == 1 else kept * grad), None, None
+        z, scale, kept = ctx.saved_tensors
+        return (product(kept, z.to(kept.dtype)).mul_(scale * grad) if world_size() == 1 else kept * grad), None, None
 
 
 def pair_sum(z: Tensor, kernel: Kernel, *, diagonal: bool) -> Tensor:
@@ -78,9 +79,9 @@ def pair_sum(z: Tensor, kernel: Kernel, *, diagonal: bool) -> Tensor:
     for gathered and own rows and C on each of 8, 256 + 24 MiB on one, where 768 MiB more pass in the backward pass.
     """
 
-    def terms(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    def terms(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         first, step = rank() * len(rows), max(1, _CHUNK // len(others))
-        sums, c = [], rows.new_empty(len(rows), len(others))
+        sums, scales, c = [], [], rows.new_empty(len(rows), len(others))
         for a in range(0, len(rows), step):
             b = min(a + step, len(rows))
             value, slope = kernel(product(rows[a:b], others.T))
@@ -88,8 +89,10 @@ def pair_sum(z: Tensor, kernel: Kernel, *, diagonal: bool) -> Tensor:
                 for t in (value, slope):
                     t[:, first + a : first + b].diagonal().fill_(0)
             sums.append(value.sum())
-            c[a:b] = slope.mul_(2)
+            largest = torch.linalg.vector_norm(slope, torch.inf, 1, keepdim=True).clamp_(min=torch.finfo(slope.dtype).tiny)
+            scales.append(2 * largest)
+            c[a:b] = slope.div_(largest)
             del value, slope  # before the next ones are made
-        return torch.stack(sums).sum(), c
+        return torch.stack(sums).sum(), c, torch.cat(scales)
 
     return global_loss(z, terms)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastssl.batch import Views
 from fastssl.collapse import embedding_logs
 from fastssl.config import MethodConfig
-from fastssl.ema import Ema, frozen_copy
+from fastssl.ema import Ema, frozen_copy, without_drop_path
 from fastssl.losses.cosine import cosine_loss
 from fastssl.method import Method, StepOutput
 from fastssl.models.heads import MLP, Pooled
@@ -49,7 +49,7 @@ class BYOL(Method):
         self.online = apply_norm_policy(nn.Sequential(OrderedDict(backbone=body, pool=Pooled(), projector=projector)), norm)
         # Both linears really are N(0, 0.01) here; LEWEL's predictors are not (its init misses 1x1 convolutions).
         self.predictor = apply_norm_policy(MLP(cfg.dim, cfg.hidden, cfg.dim, init_std=0.01), norm)
-        self.target = frozen_copy(self.online)
+        self.target = without_drop_path(frozen_copy(self.online))
         self.eman = norm == "eman"
         self.ema = (Ema(self.online, self.target, buffers=self.eman, target_mode="eval" if self.eman else "train"),)
 

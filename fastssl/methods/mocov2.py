@@ -97,6 +97,7 @@ class MomentumContrast(Method):
         q = self.encode(self.query, x_q)
         if self.norm == "eman":
             average_buffers_(self.query, self.key, self.key_step)
+            self.key_step.zero_()  # once a step, whatever the number of micro-batches
         return self.losses(q, self.encode_keys(x_k))
 
     def enqueue(self, keys: dict[str, Tensor]) -> None:

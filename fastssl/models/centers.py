@@ -43,10 +43,14 @@ class Centers(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move every centre towards the mean of what all ranks accumulated since the last call; a collective."""
+        """Move every centre towards the mean of what all ranks accumulated since the last call; a collective.
+
+        A centre stays where that mean is not finite: the step is skipped, and it would spoil every step that follows.
+        """
         if world_size() > 1:
             dist.all_reduce(self.pending)
         *sums, counts = self.pending.split((*self.sizes.values(), len(self.sizes)))
         for name, total, count in zip(self.sizes, sums, counts, strict=True):
-            self[name].lerp_((total / count).unsqueeze(0), 1 - self.momentum[name])
+            center, mean = self[name], (total / count).unsqueeze(0)
+            center.copy_(torch.where(mean.isfinite().all(), center.lerp(mean, 1 - self.momentum[name]), center))
         self.pending.zero_()

@@ -94,15 +94,50 @@ def apply_norm_policy(module: nn.Module, norm: str) -> nn.Module:
     return module
 
 
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """Means and variances of all BatchNorms; none of a transformer."""
+    return [b for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
+
+
 def broadcast_running_statistics(module: nn.Module) -> None:
     """Rank 0's BatchNorm running statistics on every rank, in one flat broadcast.
 
     EMAN with local BatchNorm needs it, and MoCo's shuffle-BN has it: in the published runs DDP's buffer broadcast did it before every
     forward pass.
     """
-    stats = [b for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
-    if not stats:  # a transformer
+    if not (stats := running_statistics(module)):
         return
     flat = torch.cat([b.reshape(-1) for b in stats])
     dist.broadcast(flat, src=0)
     torch._foreach_copy_(stats, [part.view_as(b) for part, b in zip(flat.split([b.numel() for b in stats]), stats, strict=True)])
+
+
+class FiniteStatistics:
+    """Keeps a forward pass that overflows out of the running statistics: its step is skipped, but they would never be finite again.
+
+    No host synchronisation.  The tensors are looked up once: for networks that lie where they stay.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._statistics = running_statistics(module)
+        if self._statistics:
+            sizes = [b.numel() for b in self._statistics]
+            self._before, self._after = (torch.cat([b.reshape(-1) for b in self._statistics]) for _ in range(2))
+            self._views = [
+                [part.view_as(b) for part, b in zip(flat.split(sizes), self._statistics, strict=True)]
+                for flat in (self._before, self._after)
+            ]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """To be called before the forward pass."""
+        if self._statistics:
+            torch._foreach_copy_(self._views[0], self._statistics)
+
+    @torch.no_grad()
+    def mend(self) -> None:
+        """What is not finite becomes what was kept."""
+        if self._statistics:
+            torch._foreach_copy_(self._views[1], self._statistics)
+            torch.where(self._after.isfinite(), self._after, self._before, out=self._after)
+            torch._foreach_copy_(self._statistics, self._views[1])

@@ -23,7 +23,8 @@ class SmallMapConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = ((side - 1) // stride + 1 for side, stride in zip(x.shape[2:], self.stride, strict=True))
-        if x.device.type != "cpu" or max(height, width) > MOST or not x.is_contiguous(memory_format=torch.channels_last):
+        small = max(height, width) <= MOST and self.dilation == (1, 1)  # segmentation dilates the last stages
+        if x.device.type != "cpu" or not small or not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         down, across = self.stride

@@ -14,7 +14,7 @@ from fastssl.losses.mmd import kernel_coefficients, legendre, mmd_uniform, polyn
 from fastssl.losses.nt_xent import nt_xent
 from fastssl.losses.uniformity import uniformity
 from fastssl.losses.vicreg import covariance, variance_hinge
-from tests.dense_losses import LOSSES, dense_mmd, value_and_gradients, views
+from tests.dense_losses import LOSSES, dense_covariance, dense_mmd, dense_uniformity, value_and_gradients, views
 
 PUBLISHED = (1.0, 40.0, 40.0)
 
@@ -142,6 +142,27 @@ def test_autocast_changes_little(name: str, dtype: torch.dtype):
     assert float(value) == pytest.approx(float(exact), rel=5e-4)
     for grad, expected in zip(grads, exact_grads, strict=True):
         assert relative(grad, expected) < (8e-3 if dtype is torch.bfloat16 else 1.5e-3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "dense", "std"),
+    [
+        (lambda x, _: uniformity(F.normalize(x.float(), dim=1), 16.0), lambda x, _: dense_uniformity(F.normalize(x, dim=1), 16.0), 1.0),
+        (lambda x, y: covariance(x, y, 64), lambda x, y: dense_covariance(x, 64) + dense_covariance(y, 64), 60.0),
+    ],
+    ids=["uniformity, a narrow kernel", "covariance, long rows"],
+)
+def test_fp16_holds_gradients_of_any_range(loss, dense, std: float):
+    """exp(-2 s) and the products of long rows are beyond fp16; the coefficients of a row share a scale."""
+    x = std * torch.randn(64, 2048, generator=torch.Generator().manual_seed(0))
+    y = x.flip(1)
+
+    def cast(x, y):
+        with torch.autocast("cpu", dtype=torch.float16):
+            return loss(x, y)
+
+    grad, exact = (value_and_gradients(f, a, b)[1] for f, a, b in ((cast, x, y), (dense, x.double(), y.double())))
+    assert relative(grad, exact) < 1e-3
 
 
 def test_a_scaled_fp16_loss_neither_overflows_nor_vanishes():

@@ -185,6 +185,16 @@ def test_accumulation_is_one_large_batch(preset: str):
     torch.testing.assert_close(parts.method.state_dict(), whole.method.state_dict(), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_eman_moves_the_statistics_once_a_step(n: int):
+    state = state_of("mocov2_mini", norm="eman", ema_momentum=0.9, accumulation_steps=n)
+    query, key = state.method.query.backbone.bn1, state.method.key.backbone.bn1
+    query.momentum = 0.0
+    query.running_mean.fill_(1.0)
+    train_step(state, [views(0, slice(k * BATCH // n, (k + 1) * BATCH // n)) for k in range(n)])
+    torch.testing.assert_close(key.running_mean, torch.full_like(key.running_mean, 0.1), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("norm", ["shuffle", "sync", "eman"])
 @pytest.mark.parametrize("preset", SMALL)
 def test_a_step_reads_nothing_back(preset: str, norm: str):

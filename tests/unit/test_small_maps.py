@@ -29,6 +29,13 @@ def test_values_and_gradients_are_those_of_the_convolution(size: tuple[int, int]
     torch.testing.assert_close({k: p.grad for k, p in small.named_parameters()}, {k: p.grad for k, p in plain.named_parameters()})
 
 
+def test_a_dilated_convolution_stays_one():
+    (conv,) = with_small_maps(nn.Sequential(nn.Conv2d(3, 5, 3, 1, 1)))
+    conv.dilation = conv.padding = (2, 2)
+    x = torch.randn(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(conv(x), torch.nn.functional.conv2d(x, conv.weight, conv.bias, padding=2, dilation=2))
+
+
 def test_a_resnet_keeps_its_names_weights_and_random_numbers():
     from torchvision.models import resnet18
 
