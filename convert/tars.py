@@ -11,10 +11,11 @@ import posixpath
 import re
 import tarfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -140,8 +141,8 @@ def split_of(stem: str) -> Split | None:
 
 
 def webdataset(folder: Path) -> list[Source]:
-    """Tars whose files of one name belong together: KEY.jpg (or .jpeg, .png, .webp) and, where there are labels, KEY.cls or
-    the "label" of KEY.json."""
+    """Tars whose neighbouring files of one name belong together: KEY.jpg (or .jpeg, .png, .webp) and, where there are labels,
+    KEY.cls or the "label" of KEY.json."""
     paths = sorted(p for p in folder.glob("*.tar") if not p.name.startswith("."))
     if all(re.fullmatch(r"n\d{8}", p.stem) for p in paths):
         raise DataError(
@@ -162,15 +163,17 @@ def webdataset(folder: Path) -> list[Source]:
 
 def _shards(split: Split, folder: Path, paths: Sequence[Path]) -> Source:
     names, labels, spans = [], [], []
+    seen = Counter()
     for file, path in enumerate(paths):
         for key, members, label in _samples(path):
             image = next((members[ending] for ending in _IMAGE_MEMBERS if ending in members), None)
             if image is None:
                 raise DataError(
                     f"Sample {key} of {path} has no image among its files ({', '.join(sorted(members))}; understood are "
-                    f"{', '.join(_IMAGE_MEMBERS)}). Leave it out of the shard, or write its image in one of these formats."
+                    f"{', '.join(_IMAGE_MEMBERS)}). Put all files of a sample next to each other in the shard, its image in one of these "
+                    "formats, and leave out samples without one."
                 )
-            names.append(f"{path.stem}/{image.name}")
+            names.append(_distinct(f"{path.stem}/{image.name}", seen))
             labels.append(label)
             spans.append((file, image.offset_data, image.size))
     if not names:
@@ -188,24 +191,67 @@ def _shards(split: Split, folder: Path, paths: Sequence[Path]) -> Source:
     return Source(split, folder, items, names, None if labels is None else np.array(labels, np.int64), None)
 
 
+def _distinct(name: str, seen: Counter[str]) -> str:
+    """`name`, numbered where a sample before has it: by its name a sample is found again."""
+    seen[name] += 1
+    root, ending = posixpath.splitext(name)
+    return name if seen[name] == 1 else _distinct(f"{root}-{seen[name]}{ending}", seen)
+
+
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], int | None]]:
-    """Key, files by ending, and label of each sample, in the order of their first file."""
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    labels: dict[str, int] = {}
+    """Key, files by ending, and label of each sample: neighbours of one key, as the webdataset library groups them.  The key of
+    a sample may come again further on (shards joined by `tar -A`, numbered alike): that is another sample."""
     with opened(path) as tar:
-        for member in tar:
-            directory, base = posixpath.split(member.name)
-            key, dot, ending = base.partition(".")
-            if not member.isfile() or not key or not dot:
-                continue
-            key, ending = posixpath.join(directory, key), ending.lower()
-            samples.setdefault(key, {})[ending] = member
-            if ending == "cls" or (ending == "json" and key not in labels):
-                content = tar.extractfile(member).read()
-                if (label := _label(content, ending, f"{member.name} of {path}")) is not None:
-                    labels[key] = label
-    for key, members in samples.items():
-        yield key, members, labels.get(key)
+        for key, parts in groupby(_parts(tar, path), key=lambda part: part[0]):
+            members: dict[str, tarfile.TarInfo] = {}
+            for _, ending, member in parts:
+                if ending in members:
+                    raise DataError(
+                        f"Sample {key} of {path} has two files {ending}, of which one would be lost. Give each sample of the shard a key "
+                        "of its own."
+                    )
+                members[ending] = member
+            yield key, members, _label_of(tar, members, path)
+
+
+def _parts(tar: tarfile.TarFile, path: Path) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Key, ending and member of every file that belongs to a sample.  A hard link gets the place of the file it names."""
+    files: dict[str, tarfile.TarInfo] = {}
+    for member in tar:
+        if member.islnk() and (file := files.get(posixpath.normpath(member.linkname))):
+            member.type, member.offset_data, member.size = file.type, file.offset_data, file.size
+        plain = member.isfile() and not member.issparse()
+        if plain:
+            files[posixpath.normpath(member.name)] = member
+        directory, base = posixpath.split(member.name)
+        key, dot, ending = base.partition(".")
+        if member.isdir() or not key or not dot:
+            continue
+        if not plain:
+            what = f"a link to {member.linkname}" if member.linkname else "no plain file"
+            raise DataError(
+                f"{member.name} of {path} is {what}, and its bytes are not those of a file before it. Write the shard anew with the file "
+                "itself in its place."
+            )
+        yield posixpath.join(directory, key), ending.lower(), member
+    _check_end(tar)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raise tarfile.ReadError for data behind the end: tarfile takes a damaged header for it, and knows no tar that follows."""
+    tar.fileobj.seek(tar.offset)
+    while block := tar.fileobj.read(1 << 20):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(
+                f"there is more after its end at byte {tar.offset:,}: a damaged header, or another tar, which tar -A would have joined"
+            )
+
+
+def _label_of(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], path: Path) -> int | None:
+    for ending in ("cls", "json"):
+        if member := members.get(ending):
+            return _label(tar.extractfile(member).read(), ending, f"{member.name} of {path}")
+    return None
 
 
 def _label(content: bytes, ending: str, where: str) -> int | None:

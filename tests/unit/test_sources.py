@@ -329,6 +329,77 @@ def test_shards_with_few_labels_and_without(tmp_path):
     refuses(tmp_path / "s", tmp_path / "new", "b.tar cannot be read as a complete tar")
 
 
+def test_a_key_that_comes_again_is_another_sample(tmp_path):
+    """As in shards that `tar -A` joined: the library reads all four, and so do we."""
+    shard = tmp_path / "s" / "all.tar"
+    shard.parent.mkdir()
+    kept = [jpeg(i) for i in range(4)]
+    with tarfile.open(shard, "w") as tar:
+        for i in range(4):
+            add(tar, f"{i % 2}.jpg", kept[i])
+            add(tar, f"{i % 2}.cls", b"%d" % i)
+    stored = converted(tmp_path / "s", tmp_path / "out", keep_original=True, verify=True)["train"]
+    assert [stored.sample(i).tobytes() for i in range(4)] == kept and stored.label.tolist() == [0, 1, 2, 3]
+    assert stored.names == ["all/0.jpg", "all/1.jpg", "all/0-2.jpg", "all/1-2.jpg"]
+    library = pytest.importorskip("webdataset").WebDataset(str(shard), shardshuffle=False)
+    assert [(s["jpg"], int(s["cls"])) for s in library] == list(zip(kept, range(4), strict=True))
+
+
+def test_nothing_of_a_shard_is_lost_in_silence(tmp_path):
+    shard, out = tmp_path / "s" / "a.tar", tmp_path / "out"
+    shard.parent.mkdir()
+
+    def holds(*members: tuple[str, bytes]) -> None:
+        with tarfile.open(shard, "w") as tar:
+            for member in members:
+                add(tar, *member)
+
+    holds(("0.jpg", jpeg(0)), ("0.JPG", jpeg(1)))
+    refuses(shard.parent, out, "Sample 0 of .*a.tar has two files jpg, of which one would be lost. Give each")
+    holds(("0.jpg", jpeg(0)), ("1.jpg", jpeg(1)), ("0.cls", b"0"), ("1.cls", b"1"))
+    refuses(shard.parent, out, "Sample 0 of .* has no image among its files .*Put all files of a sample next to each other")
+    holds(("0.jpg", jpeg(0)))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole + whole)
+    refuses(shard.parent, out, "a.tar cannot be read as a complete tar .there is more after its end at byte")
+    holds(("0.jpg", jpeg(0)), ("1.jpg", jpeg(1)))
+    data = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as tar:
+        data[tar.getmembers()[1].offset] ^= 1
+    shard.write_bytes(data)
+    refuses(shard.parent, out, "a damaged header, or another tar")
+
+
+def link(tar: tarfile.TarFile, name: str, to: str, kind: bytes = tarfile.LNKTYPE) -> None:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, to
+    tar.addfile(info)
+
+
+def test_links_in_shards(tmp_path):
+    """tar writes a file once and names it for its other links."""
+    shard = tmp_path / "s" / "a.tar"
+    shard.parent.mkdir()
+    with tarfile.open(shard, "w") as tar:
+        add(tar, "./pool", jpeg(5))
+        add(tar, "./0.jpg", jpeg(0))
+        add(tar, "./0.cls", b"3")
+        link(tar, "./1.jpg", "./0.jpg")
+        link(tar, "./1.cls", "0.cls")
+        link(tar, "./2.jpg", "./1.jpg")
+        add(tar, "./2.cls", b"1")
+        link(tar, "./3.jpg", "pool")
+        link(tar, "./3.cls", "./0.cls")
+    stored = converted(shard.parent, tmp_path / "out", keep_original=True, verify=True)["train"]
+    assert stored.label.tolist() == [3, 3, 1, 3]
+    assert [stored.sample(i).tobytes() for i in range(4)] == [jpeg(0), jpeg(0), jpeg(0), jpeg(5)]
+    for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+        with tarfile.open(shard, "w") as tar:
+            add(tar, "0.jpg", jpeg(0))
+            link(tar, "1.jpg", "later.jpg", kind)
+        refuses(shard.parent, tmp_path / "new", "1.jpg of .*a.tar is a link to later.jpg, and its bytes are not .* Write the shard anew")
+
+
 def test_class_tars_are_not_taken_for_shards(tmp_path):
     write_tar(tmp_path / "train" / "n01440764.tar", {"n01440764_1.JPEG": jpeg(0)})
     refuses(tmp_path / "train", tmp_path / "out", "holds the class tars of ImageNet. Unpack each")
