@@ -24,7 +24,9 @@ from loaders.errors import DataError
 
 T = TypeVar("T")
 AHEAD = 4
-"""Tasks that a worker is given before its first result is taken."""
+"""Tasks per worker that are given beyond the first whose result is not taken yet: where one takes long, the others go on."""
+_EACH = 2
+"""Tasks that a worker holds: one in work and one to go on with.  Whoever is faster gets more."""
 
 
 def usable_workers(workers: int) -> int:
@@ -59,19 +61,26 @@ def in_order(function: Callable[..., T], tasks: Iterable[tuple], workers: int) -
             yield function(*task)
         return
     crew: list[_Worker] = []
-    tasks = iter(tasks)
+    tasks, outcomes = iter(tasks), {}
+    given = taken = 0
     try:
-        given = taken = 0
         while True:
-            for task in islice(tasks, AHEAD * workers - (given - taken)):
+            _take_ready(crew, outcomes, wait_for_one=taken < given and taken not in outcomes)
+            ahead = given - taken
+            held = ahead - len(outcomes)
+            for task in islice(tasks, min(AHEAD * workers - ahead, _EACH * workers - held)):
                 if len(crew) < workers:
                     crew.append(_Worker(function))
-                crew[given % workers].give(task)
+                min(crew, key=lambda worker: len(worker.held)).give(given, task)
                 given += 1
-            if taken == given:
+            if taken in outcomes:
+                done, outcome = outcomes.pop(taken)
+                if not done:
+                    raise outcome
+                yield outcome
+                taken += 1
+            elif taken == given:
                 return
-            yield _result(crew, crew[taken % workers])
-            taken += 1
     finally:
         for worker in crew:
             worker.end()
@@ -88,16 +97,19 @@ class _Worker:
         with _interrupts_held():
             self._process.start()
         theirs.close()  # the process alone holds it: the pipe ends with it
-        self.outcomes: deque[tuple[bool, object]] = deque()
+        self.held: deque[int] = deque()
+        """Numbers of the tasks without an outcome yet, in order."""
 
-    def give(self, task: tuple) -> None:
+    def give(self, number: int, task: tuple) -> None:
         with _killed_is_said():
             self.pipe.send(task)
+        self.held.append(number)
 
-    def take(self) -> None:
-        """Wait for an outcome."""
+    def take(self) -> tuple[int, tuple[bool, object]]:
+        """Wait for the outcome of the first task held: its number, and whether it is a result, and the result or error."""
         with _killed_is_said():
-            self.outcomes.append(self.pipe.recv())
+            outcome = self.pipe.recv()
+        return self.held.popleft(), outcome
 
     def end(self) -> None:
         self._process.kill()
@@ -113,18 +125,10 @@ def _killed_is_said() -> Iterator[None]:
         raise DataError("A worker process was killed, most likely for lack of memory. Try again with fewer --workers.") from e
 
 
-def _result(crew: list[_Worker], first: _Worker):
-    """The next result of `first`.  Those of the others are taken from their pipes meanwhile, so that they go on."""
-    while True:
-        ready = wait([w.pipe for w in crew], timeout=0 if first.outcomes else None)
-        for worker in crew:
-            if worker.pipe in ready:
-                worker.take()
-        if first.outcomes:
-            done, outcome = first.outcomes.popleft()
-            if done:
-                return outcome
-            raise outcome
+def _take_ready(crew: list[_Worker], outcomes: dict[int, tuple[bool, object]], wait_for_one: bool) -> None:
+    """Take from every pipe the outcome that lies in it; where none does, perhaps wait for one."""
+    ready = wait([worker.pipe for worker in crew], timeout=None if wait_for_one else 0)
+    outcomes.update(worker.take() for worker in crew if worker.pipe in ready)
 
 
 def _work(pipe: Connection, function: Callable) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 import convert.write as write
 from convert.encode import DamagedImage, Encoding, encode, encode_all
 from convert.imagenet import convert_folder, convert_imagenet
-from convert.parallel import in_order
+from convert.parallel import AHEAD, in_order
 from convert.progress import Progress
 from convert.sources import Files, from_class_folders
 from loaders.beton import JPEG, RAW, Beton
@@ -260,6 +260,21 @@ def test_errors_of_workers_and_results_in_order():
         next(results)
     assert "_work" in str(raised.value.__cause__), "where it happened"
     assert not multiprocessing.active_children() and list(in_order(divmod, [], workers=2)) == []
+
+
+def worker_of(waits_for: Path, makes: Path) -> int:
+    while not waits_for.exists():
+        time.sleep(0.01)
+    makes.touch()
+    return os.getpid()
+
+
+def test_others_go_on_while_one_task_takes_long(tmp_path):
+    """The first takes until the last that fits beside it is done; the task behind it waits, and no more."""
+    now, last, other = tmp_path, tmp_path / "last", tmp_path / "other"
+    tasks = [(last, other), *[(now, other)] * (2 * AHEAD - 2), (now, last)]
+    pids = list(in_order(worker_of, tasks, workers=2))
+    assert pids.count(pids[0]) == 2 and len(set(pids)) == 2
 
 
 def test_command_line(source, tmp_path):
