@@ -28,6 +28,8 @@ from loaders.errors import DataError
 TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 _META, _TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 _IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
+_MAX_CLASSES = 10_000_000
+"""Labels from here on are ids of something else: tables of the classes would not fit into the memory."""
 
 
 @contextmanager
@@ -265,8 +267,11 @@ def _label(content: bytes, ending: str, where: str) -> int | None:
             value = value.get("label") if isinstance(value, dict) else None
             if value is None:
                 return None
-    except ValueError:
+    except (ValueError, RecursionError):
         pass  # reported below
-    if type(value) is not int or value < 0:
-        raise DataError(f"The label in {where} is not a number from 0 on, but {value!r}. Number the classes in the shards.")
+    if type(value) is not int or not 0 <= value < _MAX_CLASSES:
+        raise DataError(
+            f"The label in {where} is not a number from 0 to {_MAX_CLASSES - 1:,}, but {repr(value)[:80]}. Number the classes of the "
+            "shards from 0 on."
+        )
     return value

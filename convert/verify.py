@@ -170,8 +170,11 @@ def _sample(samples: Samples, i: int) -> str:
 def _contents(samples: Samples) -> str:
     if samples.label is None:
         return "without labels"
-    counts = np.bincount(samples.label[samples.label >= 0], minlength=len(samples.classes or ()))
-    there = int((counts > 0).sum())
+    # Counted as they come: a file that FFCV wrote may hold any numbers.
+    _, counts = np.unique(samples.label[samples.label >= 0], return_counts=True)
+    if (there := len(counts)) == 0:
+        return "without labels"
+    counts = np.pad(counts, (0, max(0, len(samples.classes or ()) - there)))
     return f"of {there:,} classes, {counts.min():,} to {counts.max():,} images a class (median {np.median(counts):,g})"
 
 

@@ -322,9 +322,12 @@ def test_shards_with_few_labels_and_without(tmp_path):
     assert stored.keys() == {"train"} and len(stored["train"]) == 3 and stored["train"].label is None
     write_tar(tmp_path / "s" / "b.tar", {"3.webp": jpeg(3), "3.cls": b"4"})
     refuses(tmp_path / "s", tmp_path / "new", "2 of 3 samples of .* for train have no label .* for example a/1.jpg")
-    for label in (b"dog", b"-1"):
-        write_tar(tmp_path / "s" / "b.tar", {"3.webp": jpeg(3), "3.cls": label})
-        refuses(tmp_path / "s", tmp_path / "new", "The label in 3.cls of .*b.tar is not a number from 0 on")
+    write_tar(tmp_path / "s" / "a.tar", {"1.jpg": jpeg(1), "1.cls": b"0"})
+    for label in (b"dog", b"-1", b"1000000000000", b"%d" % 2**70, b"10000000", b"9" * 5000):
+        for ending, content in (("cls", label), ("json", b'{"label": %s}' % label)):
+            write_tar(tmp_path / "s" / "b.tar", {"3.webp": jpeg(3), f"3.{ending}": content})
+            refuses(tmp_path / "s", tmp_path / "new", f"The label in 3.{ending} of .*b.tar is not a number from 0 to 9,999,999, but ")
+    write_tar(tmp_path / "s" / "a.tar", {"1.jpg": jpeg(1), "2.jpg": jpeg(2)})
     (tmp_path / "s" / "b.tar").write_bytes((tmp_path / "s" / "a.tar").read_bytes()[:600])
     refuses(tmp_path / "s", tmp_path / "new", "b.tar cannot be read as a complete tar")
 

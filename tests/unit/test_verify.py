@@ -179,6 +179,19 @@ def test_without_labels(tmp_path):
     assert not verdict.differences and "3 images without labels" in str(verdict)
 
 
+def test_labels_of_any_size(tmp_path):
+    """In a file that FFCV wrote."""
+    for labels, text in (([2**62, 2**62, -1, 5], "of 2 classes, 1 to 2 images a class"), ([-1, -1, -1, -1], "without labels")):
+        with BetonWriter(tmp_path / "x.beton", 4) as writer:
+            for label in labels:
+                data = io.BytesIO()
+                picture(0).save(data, "JPEG")
+                writer.append(data.getvalue(), JPEG, 50, 60, label)
+            writer.finish([f"{i}.jpg" for i in range(4)])
+        sidecar_path(tmp_path / "x.beton").unlink()
+        assert text in str(verify(tmp_path / "x.beton", workers=1)[0])
+
+
 def test_shards(source, tmp_path):
     pytest.importorskip("webdataset")
     convert_imagenet(source, tmp_path / "out", workers=1, format="webdataset")
