@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from safetensors import SafetensorError
 
 from convert.exports import FORMATS, Exported
 from fastssl.models.official import left_out
@@ -58,7 +59,7 @@ def export(args: Args) -> str:
     try:
         with _complete(args.out) as partial:
             form.write(exported, partial)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Could not write {args.out}: {error}. Free some space, or choose another place with --out.") from error
     lines = [f"Wrote {args.out}: {exported.arch}, {', '.join(f'{k} {v}' for k, v in origin.items())}."]
     if about["dropped"]:

@@ -104,7 +104,15 @@ def detectron2_pickle(state: State, author: str) -> dict[str, object]:
 
 
 def torch_file(contents: Callable[[Exported], dict]) -> Callable[[Exported, Path], None]:
-    return lambda e, out: torch.save(contents(e), out)
+    def write(e: Exported, out: Path) -> None:
+        state = contents(e)
+        with out.open("wb") as f:
+            try:
+                torch.save(state, f)
+            except RuntimeError as error:  # what torch's zip writer makes of the OSError of a full disk
+                raise OSError(str(error.__context__ or error).splitlines()[0]) from error
+
+    return write
 
 
 def write_safetensors(e: Exported, out: Path) -> None:

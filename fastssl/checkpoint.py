@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fastssl.config import to_dict
@@ -83,7 +84,7 @@ def save(state: State, folder: Path, *, keep: bool = False) -> Path:
                 os.link(last, kept)
             except OSError:
                 shutil.copyfile(last, kept)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         for left in folder.glob("*.partial"):
             left.unlink(missing_ok=True)
         raise CheckpointError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from fastssl import checkpoint
 from fastssl.checkpoint import CheckpointError
@@ -57,7 +58,8 @@ def test_weights_alone_start_a_new_run(tmp_path: Path):
     torch.testing.assert_close(fresh.method.state_dict(), trained.method.state_dict(), rtol=0, atol=0)
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("part", ["checkpoint", "backbone"])
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch, part):
     state = new_state()
     step(state)
     path = checkpoint.save(state, tmp_path)
@@ -68,10 +70,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch)
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    def full_for_safetensors(value, file, metadata):
+        file.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    if part == "checkpoint":
+        monkeypatch.setattr(torch, "save", full)
+    else:
+        monkeypatch.setattr(checkpoint, "save_file", full_for_safetensors)
+    weights = (tmp_path / "backbone.safetensors").read_bytes()
     with pytest.raises(CheckpointError, match="No space left.*previous checkpoint is untouched"):
         checkpoint.save(state, tmp_path)
-    assert path.read_bytes() == before and not list(tmp_path.glob("*.partial"))
+    assert (tmp_path / "backbone.safetensors").read_bytes() == weights and not list(tmp_path.glob("*.partial"))
+    assert part == "backbone" or path.read_bytes() == before
 
 
 def test_little_space_is_noticed_before_the_first_step(tmp_path: Path, monkeypatch):

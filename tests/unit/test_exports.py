@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
 from functools import lru_cache
 from pathlib import Path
 from typing import get_args
@@ -220,18 +221,21 @@ def test_nothing_is_replaced_unasked(runs, tmp_path):
         exported(runs, "resnet18", "huggingface", path, overwrite=True)
 
 
-def test_a_full_disk_leaves_what_was_there(runs, tmp_path, monkeypatch):
-    path = exported(runs, "resnet18", "timm", tmp_path / "r.pth")
-    before = path.read_bytes()
-
-    def full(value, file):
-        Path(file).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        exported(runs, "resnet18", "timm", path, overwrite=True)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["r.pth"]
+@pytest.mark.parametrize(
+    ("form", "name"), [("timm", "r.pth"), ("safetensors", "r.safetensors"), ("detectron2", "r.pkl"), ("huggingface", "r")]
+)
+def test_a_full_disk_leaves_what_was_there(runs, tmp_path, form, name):
+    """Of a disk that takes no file of more than 1 MB."""
+    path = exported(runs, "resnet18", form, tmp_path / name)
+    before = [(p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=f"Could not write {path}: .*File too large.* Free some space, or choose another place"):
+            exported(runs, "resnet18", form, path, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [(p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")] == before
 
 
 def test_what_does_not_go_together_is_refused(runs, tmp_path, capsys):
