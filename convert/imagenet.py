@@ -78,7 +78,7 @@ def convert_imagenet(
         max_side: Longer side of the stored images, pixels; smaller images keep their size.
         quality: JPEG quality of the stored images.
         workers: Processes; 0: one per core.
-        overwrite: Replace existing files.
+        overwrite: Replace existing files of these splits, in either format.
         subsampling: Chroma subsampling of the stored JPEGs.
         keep_original: Store a file's bytes untouched when it is within max_side and a complete baseline RGB (YCbCr) JPEG, sampled
             4:4:4, 4:2:2 or 4:2:0. All other images are encoded as without this option, grey ones as RGB.
@@ -139,7 +139,7 @@ def _say_what_is_missing(source: Path, sources: Sequence[Source], jobs: Sequence
         note(f"{source} has no training images: only a validation set is written.")
     elif "val" not in splits and all(one.labels is not None for one in sources):
         val = jobs[0].path.with_stem("val")
-        stale = f"; {val} is left as it is" if val.exists() else ""
+        stale = "".join(f"; {path} is left as it is" for path in (val.with_suffix(".beton"), val.with_suffix(".json")) if path.exists())
         note(f"{source} has no val/: only {jobs[0].path.name} is written{stale}. Evaluations need a validation set.")
 
 

@@ -9,7 +9,6 @@ that stops leaves nothing behind.
 from __future__ import annotations
 
 import re
-import shutil
 import signal
 import sys
 import tarfile
@@ -20,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.outputs import check_existing, check_space, remove_replaced
 from convert.progress import Progress, gigabytes
 from convert.shard_writer import SAMPLES_PER_SHARD, ShardWriter
 from loaders.beton import JPEG, PAGE_SIZE, RAW, Beton, BetonWriter
 from loaders.decoder import Samples
 from loaders.errors import DataError
-from loaders.shards import Shards, is_shards, sidecar_path
+from loaders.shards import Shards
 
 _BLOCK, _RECORD = 512, 10_240
 """Bytes that a tar pads each part and itself to."""
@@ -102,30 +102,18 @@ def _bytes_needed(samples: Samples) -> int:
     return int(blocks.sum()) * _BLOCK + 256 * len(samples) + _RECORD
 
 
-def _check(sources: Sequence[Beton | Shards], out: Path, overwrite: bool) -> None:
-    """All that can be known to go wrong, before anything is written."""
-    taken = []
+def _check(sources: Sequence[Beton | Shards], out: Path, overwrite: bool) -> list[list[Path]]:
+    """All that can be known to go wrong, before anything is written.  Returns what is to go when the new files are in place."""
     for samples in sources:
-        split = samples.path.stem
-        if isinstance(samples, Beton):
-            if (samples.mode == RAW).any():
-                raise DataError(
-                    f"{samples.path} holds {int((samples.mode == RAW).sum()):,} raw images, and shards hold JPEGs only. Convert the images "
-                    "anew with --raw-fraction 0, or keep the .beton."
-                )
-            taken += [str(sidecar_path(out, split))] * (sidecar_path(out, split).exists() or is_shards(out, split))
-        elif (out / f"{split}.beton").exists():
-            taken.append(str(out / f"{split}.beton"))
-    if taken and not overwrite:
-        verb = "exists" if len(taken) == 1 else "exist"
-        raise DataError(f"{' and '.join(taken)} {verb} already. Add --overwrite, or choose another folder with --out.")
-    needed = sum(_bytes_needed(samples) for samples in sources)
-    free = shutil.disk_usage(next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())).free
-    if needed > free:
-        raise DataError(
-            f"This needs about {gigabytes(needed)}, but the disk of {out} has {gigabytes(free)} free. Free space, or choose another folder "
-            "with --out."
-        )
+        if (samples.mode == RAW).any():
+            raise DataError(
+                f"{samples.path} holds {int((samples.mode == RAW).sum()):,} raw images, and shards hold JPEGs only. Convert the images "
+                "anew with --raw-fraction 0, or keep the .beton."
+            )
+    made = [out / f"{samples.path.stem}{'.json' if isinstance(samples, Beton) else '.beton'}" for samples in sources]
+    replaced = check_existing(made, overwrite, {samples.path for samples in sources})
+    check_space(sum(_bytes_needed(samples) for samples in sources), out)
+    return replaced
 
 
 def convert(source: Path, out: Path, samples_per_shard: int = SAMPLES_PER_SHARD, overwrite: bool = False) -> list[str]:
@@ -135,10 +123,10 @@ def convert(source: Path, out: Path, samples_per_shard: int = SAMPLES_PER_SHARD,
         source: A .beton, or a folder with train.beton and val.beton, or with the shards of both.
         out: Folder for SPLIT-000000.tar, ... with their indices and SPLIT.json, or for SPLIT.beton.
         samples_per_shard: Images in each tar.
-        overwrite: Replace what is there.
+        overwrite: Replace what is there of these splits, in either format.
     """
     sources = _sources(source)
-    _check(sources, out, overwrite)
+    replaced = _check(sources, out, overwrite)
     lines = []
     with ExitStack() as stack:  # all splits are put in place together, or none
         for samples in sources:
@@ -156,6 +144,7 @@ def convert(source: Path, out: Path, samples_per_shard: int = SAMPLES_PER_SHARD,
             with Progress(made, len(samples)) as shown:
                 copy(samples, writer, shown)
             lines.append(f"{out / made}: {len(samples):,} images, {gigabytes(writer.bytes_written)}")
+    remove_replaced(replaced)
     return lines
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from convert.encode import Bad, Encoding, Stored, encode_all, encode_item
+from convert.outputs import check_existing, check_space, remove_replaced
 from convert.parallel import usable_workers
 from convert.progress import Progress, gigabytes
 from convert.report import Report
@@ -21,7 +21,6 @@ from convert.shard_writer import ShardWriter
 from convert.sources import Source, Span, Spans
 from loaders.beton import PAGE_SIZE, RAW, BetonWriter
 from loaders.errors import DataError
-from loaders.shards import is_shards
 
 Format = Literal["beton", "webdataset"]
 OnBad = Literal["fail", "skip"]
@@ -62,33 +61,22 @@ def estimate(source: Source, encoding: Encoding) -> int:
     return PAGE_SIZE + round(len(source) * per_image)
 
 
-def check_outputs(jobs: Sequence[Job], encoding: Encoding, overwrite: bool) -> None:
-    """Raise DataError for existing outputs, or where the disk is too small."""
+def check_outputs(jobs: Sequence[Job], encoding: Encoding, overwrite: bool) -> list[list[Path]]:
+    """Raise DataError for existing outputs, or where the disk is too small.  Returns what is to go when the new files are in place."""
     for job in jobs:
         _spare_the_source(job)
-    if taken := [str(job.path) for job in jobs if _exists(job.path) and not overwrite]:
-        raise DataError(
-            f"{' and '.join(taken)} exist{'s' * (len(taken) == 1)} already. Add --overwrite, or choose another folder with --out."
-        )
-    needed = sum(estimate(job.source, encoding) for job in jobs)
-    out = jobs[0].path.absolute().parent
-    existing = next(p for p in (out, *out.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise DataError(
-            f"Converting needs about {gigabytes(needed)}, but the disk of {out} has {gigabytes(free)} free. "
-            "Free space, or choose another folder with --out, or smaller images with --max-side."
-        )
+    replaced = check_existing([job.path for job in jobs], overwrite, {tar for job in jobs for tar in _tars(job)})
+    check_space(sum(estimate(job.source, encoding) for job in jobs), jobs[0].path.parent, ", or smaller images with --max-side")
+    return replaced
 
 
-def _exists(path: Path) -> bool:
-    return path.exists() or (path.suffix == ".json" and is_shards(path.parent, path.stem))
+def _tars(job: Job) -> Sequence[Path]:
+    return job.source.items.paths if isinstance(job.source.items, Spans) else ()
 
 
 def _spare_the_source(job: Job) -> None:
-    tars = job.source.items.paths if isinstance(job.source.items, Spans) else ()
     out = job.path.parent.resolve()
-    if job.path.suffix == ".json" and any(p.parent.resolve() == out and p.name.startswith(f"{job.path.stem}-") for p in tars):
+    if job.path.suffix == ".json" and any(p.parent.resolve() == out and p.name.startswith(f"{job.path.stem}-") for p in _tars(job)):
         raise DataError(f"The shards in {out} would be written over while they are read. Choose another folder with --out.")
 
 
@@ -210,8 +198,10 @@ def convert(
     options or the disk; then the outputs are as they were.
     """
     workers = usable_workers(workers)
-    check_outputs(jobs, encoding, overwrite)
+    replaced = check_outputs(jobs, encoding, overwrite)
     with ExitStack() as stack:
-        return [
+        reports = [
             _write(job, stack.enter_context(_writer(job, encoding)), encoding, workers, on_bad, options or {}, progress) for job in jobs
         ]
+    remove_replaced(replaced)
+    return reports

@@ -465,6 +465,25 @@ def test_shards_are_the_beton_in_another_form(source, tmp_path):
     refuses(source, tmp_path / "shards", "exist already. Add --overwrite", format="webdataset")
 
 
+@pytest.mark.parametrize(("first", "then", "there"), [("beton", "webdataset", "train.beton"), ("webdataset", "beton", "train.json")])
+def test_no_split_in_two_formats(source, tmp_path, first, then, there, capsys):
+    """Loaders would open the .beton, whichever is new."""
+    pytest.importorskip("webdataset")
+    out = tmp_path / "out"
+    convert_imagenet(source, out, workers=1, format=first)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    refuses(source, out, f"{there} exist already .of a split in both formats .*Add --overwrite, or choose", format=then)
+    whole = (source / "train" / "dog" / "2.ppm").read_bytes()
+    (source / "train" / "dog" / "2.ppm").write_text("no image")
+    refuses(source, out, "^1 files cannot be converted", format=then, overwrite=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    (source / "train" / "dog" / "2.ppm").write_bytes(whole)
+    convert_imagenet(source, tmp_path / "alone", workers=1, format=then)
+    convert_imagenet(source, out, workers=1, format=then, overwrite=True)
+    assert everything_below(out) == everything_below(tmp_path / "alone")
+    assert f"{there} is replaced by the new files and was removed" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -531,7 +550,7 @@ def test_at_most_twenty_bad_files_are_collected(tmp_path):
 
 def test_full_disk_is_foreseen(source, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: usage(1_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1_000_000))
     monkeypatch.setattr(write, "_write", lambda *_: pytest.fail("wrote"))
     refuses(source, tmp_path / "out", r"needs about 16.8 MB, but the disk of .* has 1.0 MB free. Free space")
 

@@ -453,3 +453,14 @@ def test_shards_are_not_written_over_while_they_are_read(tmp_path):
     with pytest.raises(DataError, match="train.json exists already"):
         convert_imagenet(tmp_path / "s", tmp_path / "there", format="webdataset", workers=1)
     convert_imagenet(tmp_path / "s", tmp_path / "out", format="webdataset", keep_original=True, workers=1)
+
+
+def test_the_shards_that_are_read_stay(tmp_path):
+    pytest.importorskip("webdataset")
+    write_tar(tmp_path / "s" / "train-000000.tar", {"1.jpg": jpeg(1), "1.cls": b"0"})
+    ours = tmp_path / "ours"
+    convert_imagenet(tmp_path / "s", ours, format="webdataset", workers=1)
+    for folder in (tmp_path / "s", ours):
+        before = {p.name: p.read_bytes() for p in folder.iterdir()}
+        assert len(converted(folder, folder, overwrite=True)["train"]) == 1
+        assert {name: (folder / name).read_bytes() for name in before if name != "conversion_report.json"}.items() <= before.items()

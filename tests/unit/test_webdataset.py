@@ -190,6 +190,18 @@ def test_existing_output_is_kept_unless_told_otherwise(tmp_path, beton):
         convert(tmp_path / "out", tmp_path / "back")
 
 
+def test_a_split_in_the_other_format_gives_way_but_not_the_source(tmp_path, beton):
+    write(tmp_path / "out" / "train.beton", labels=False)
+    with pytest.raises(DataError, match="out/train.beton exists already .of a split in both formats loaders open the .beton"):
+        convert(beton, tmp_path / "out")
+    convert(beton, tmp_path / "out", overwrite=True)
+    assert sorted(files(tmp_path / "out")) == ["train-000000.idx", "train-000000.tar", "train.json"]
+    convert(beton, beton.parent, overwrite=True)  # a copy beside it
+    convert(tmp_path / "out", tmp_path / "out")
+    for folder in (beton.parent, tmp_path / "out"):
+        assert {"train.beton", "train.beton.json", "train.json", "train-000000.tar"} < files(folder).keys()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_write_leaves_nothing(tmp_path, error):
     with (
