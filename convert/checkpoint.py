@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import tyro
 from safetensors import SafetensorError
 
+from convert.command import say
 from convert.exports import FORMATS, Exported
 from fastssl.models.official import left_out
 from fastssl.models.weights import CheckpointError, load_backbone
@@ -94,7 +95,7 @@ def _remove(path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Args, prog="python -m convert.checkpoint", args=argv)
     try:
-        print(export(args))
+        say(export(args))
     except CheckpointError as error:
         sys.exit(f"error: {error}")
 

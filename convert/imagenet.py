@@ -15,12 +15,11 @@ stops leaves nothing behind.
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from convert import report as reports_file
+from convert.command import run, say
 from convert.detect import detect
 from convert.encode import Encoding, Subsampling
 from convert.progress import note
@@ -156,19 +155,10 @@ def next_step(reports: Sequence[Report]) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    import tyro  # not at the top: worker processes import this module
-
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds, so that partial files go
-    try:
-        reports = tyro.cli(convert_imagenet, prog="python -m convert.imagenet", args=args)
-    except DataError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("Interrupted; nothing was written.", file=sys.stderr)
-        sys.exit(130)
+    reports = run(convert_imagenet, "convert.imagenet", args)
     for report in reports:
-        print(f"Wrote {report}.")
-    print(f"Complete table: {reports[0].path.parent / reports_file.FILE}. {next_step(reports)}")
+        say(f"Wrote {report}.")
+    say(f"Complete table: {reports[0].path.parent / reports_file.FILE}. {next_step(reports)}")
 
 
 if __name__ == "__main__":

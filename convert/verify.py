@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from convert.command import run, say
 from convert.detect import detect
 from convert.encode import CHUNK, Bad, Encoding, encode_item
 from convert.parallel import in_order, usable_workers
@@ -244,16 +245,8 @@ def verify(beton: Path, source: Path | None = None, workers: int = 0) -> list[Ve
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    import tyro  # not at the top: worker processes import this module
-
-    try:
-        verdicts = tyro.cli(verify, prog="python -m convert.verify", args=args)
-    except DataError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        sys.exit(130)
-    print("\n".join(map(str, verdicts)))
+    verdicts = run(verify, "convert.verify", args, interrupted="Interrupted.")
+    say("\n".join(map(str, verdicts)))
     sys.exit(any(v.differences for v in verdicts))
 
 

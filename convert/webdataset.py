@@ -9,8 +9,6 @@ that stops leaves nothing behind.
 from __future__ import annotations
 
 import re
-import signal
-import sys
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.command import run, say
 from convert.outputs import check_existing, check_space, remove_replaced
 from convert.progress import Progress, gigabytes
 from convert.shard_writer import SAMPLES_PER_SHARD, ShardWriter
@@ -149,17 +148,7 @@ def convert(source: Path, out: Path, samples_per_shard: int = SAMPLES_PER_SHARD,
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    import tyro
-
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds, so that partial files go
-    try:
-        lines = tyro.cli(convert, prog="python -m convert.webdataset", args=args)
-    except DataError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("Interrupted; nothing was written.", file=sys.stderr)
-        sys.exit(130)
-    print(f"Wrote {'; '.join(lines)}.")
+    say(f"Wrote {'; '.join(run(convert, 'convert.webdataset', args))}.")
 
 
 if __name__ == "__main__":

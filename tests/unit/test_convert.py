@@ -589,6 +589,23 @@ def test_errors_reach_the_shell_as_one_paragraph(tmp_path):
     assert wrong.returncode == 2 and "--quality" in wrong.stderr
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_the_terminal_cannot_show(source, tmp_path, encoding):
+    os.rename(source / "train" / "dog" / "2.ppm", os.fsencode(source / "train" / "dog") + b"/caf\xe9 \xc3\xa9.ppm")
+    (source / "train" / "dog" / os.fsdecode(b"caf\xe9 \xc3\xa9.ppm")).write_text("no image")
+    strict = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    done = cli("--source", source, "--out", tmp_path / "out", "--workers", 1, "--on-bad", "skip", env=strict)
+    assert done.returncode == 0, done.stderr
+    assert f"1 skipped: dog/caf\\udce9 {'é' if encoding == 'utf-8' else chr(92) + 'xe9'}.ppm (is not an image)" in done.stdout
+    assert "Complete table: " in done.stdout
+    (split,) = (v for k, v in json.loads((tmp_path / "out" / "conversion_report.json").read_text())["splits"].items() if k == "train")
+    assert split["skipped"][0]["name"] == "dog/caf\udce9 é.ppm"
+    (source / "train" / "dog" / os.fsdecode(b"caf\xe9 \xc3\xa9.ppm")).rename(source / "train" / "dog" / os.fsdecode(b"new\xff.ppm"))
+    command = [sys.executable, "-m", "convert.verify", "--beton", str(tmp_path / "out"), "--source", str(source), "--workers", "1"]
+    verified = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=strict)
+    assert verified.returncode == 1 and "dog/new\\udcff.ppm of the source is missing" in verified.stdout, verified.stderr
+
+
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_conversion_leaves_nothing(tmp_path, stop, code):
     folder = tree(tmp_path / "set", cat=["0.jpg"])
