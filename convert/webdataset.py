@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -51,12 +51,23 @@ def _to_shards(beton: Beton, writer: ShardWriter, shown: Progress) -> None:
     writer.finish(names, beton.classes, beton.source, beton.options)
 
 
-def _to_beton(shards: Shards, writer: BetonWriter, shown: Progress) -> None:
-    import webdataset  # not at the top: it takes seconds, and --help needs none of it
+def _read(tars: Sequence[Path]) -> Iterator[dict[str, bytes]]:
+    """The parts of every sample, by the webdataset library.  It takes a path for an address (`#`, `?` and `s3:` mean something
+    there), so the tars are opened here."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander  # not at the top: it takes seconds, and --help needs none of it
 
+    def opened() -> Iterator[dict[str, object]]:
+        for tar in tars:
+            with open(tar, "rb") as stream:
+                yield {"url": str(tar), "stream": stream}
+
+    return group_by_keys(tar_file_expander(opened()))
+
+
+def _to_beton(shards: Shards, writer: BetonWriter, shown: Progress) -> None:
     n = 0
     try:
-        for parts in webdataset.WebDataset([str(tar) for tar in shards.tars], shardshuffle=False):
+        for parts in _read(shards.tars):
             if n == len(shards) or not _is_sample(shards, n, parts):
                 break
             label = None if shards.label is None else int(shards.label[n])

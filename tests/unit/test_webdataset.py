@@ -79,6 +79,14 @@ def test_there_and_back_gives_the_same_bytes(tmp_path, labels, per_shard):
     assert files(tmp_path / "back") == files(tmp_path / "in")
 
 
+@pytest.mark.parametrize("name", ["sh#1", "sh?x=1", "sh::a", "s3:x", "pipe:ls", "-", "a{0..1}b", "file:x", "50%25"])
+def test_folders_of_any_name(tmp_path, beton, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convert(beton, Path(name))
+    convert(Path(name), Path("back"))
+    assert files(tmp_path / "back") == files(beton.parent)
+
+
 def test_a_file_of_stock_ffcv_has_numbers_for_names(tmp_path):
     stored = write(tmp_path / "x.beton", sidecar=False)
     convert(tmp_path / "x.beton", tmp_path / "shards")
