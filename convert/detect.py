@@ -19,15 +19,25 @@ UNDERSTOOD = (
 
 
 def detect(path: Path) -> list[Source]:
-    """The splits of `path`, in the order of SPLITS.  Raises DataError for what it does not understand or what is incomplete."""
+    """The splits of `path`, in the order of SPLITS.  Raises DataError for what it does not understand or may not read, or what is
+    incomplete."""
+    try:
+        return sorted(_found(path), key=lambda s: SPLITS.index(s.split))
+    except OSError as e:
+        raise DataError(
+            f"{e.filename or path} cannot be read: {e.strerror or e}. Give yourself the right to read it, or another --source."
+        ) from e
+
+
+def _found(path: Path) -> list[Source]:
     if path.is_file():
         if path.suffix in (".gz", ".tgz"):
             return cifar(path)
         raise DataError(f"{path} is a file of unknown kind. {UNDERSTOOD} Give the folder that holds one of these.")
     if not path.is_dir():
         raise DataError(f"There is no folder {path}. Give the folder that holds the images. {UNDERSTOOD}")
-    sources = _imagenet(path) or _binaries(path) or _cifar(path) or _folder(path)
-    return sorted(sources, key=lambda s: SPLITS.index(s.split))
+    os.scandir(path).close()  # an error names it, not what is looked for in it
+    return _imagenet(path) or _binaries(path) or _cifar(path) or _folder(path)
 
 
 def _imagenet(path: Path) -> list[Source]:

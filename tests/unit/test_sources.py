@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -438,6 +439,22 @@ def test_unknown_sources(tmp_path):
     refuses(tmp_path / "x.tar.gz", tmp_path / "out", "is not a Python archive of CIFAR")
     (tmp_path / "x.tar.gz").write_bytes(b"junk")
     refuses(tmp_path / "x.tar.gz", tmp_path / "out", "cannot be read as a complete .tar.gz")
+
+
+@pytest.mark.parametrize("closed", [".", "train"])
+def test_folders_that_may_not_be_read(closed):
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to others
+        os.chmod(folder, 0o755)
+        source = Path(folder, "set")
+        (source / "train" / "c").mkdir(parents=True)
+        (source / closed).chmod(0)
+        os.seteuid(user or 65534)  # root may read everything
+        try:
+            refuses(source, Path(folder, "out"), f"^{source / closed} cannot be read: Permission denied. Give yourself the right")
+        finally:
+            os.seteuid(user)
+            (source / closed).chmod(0o755)
 
 
 def test_shards_are_not_written_over_while_they_are_read(tmp_path):
