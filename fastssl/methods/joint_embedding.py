@@ -6,7 +6,7 @@ batch.  B images of this rank, q the projector's outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -28,15 +28,15 @@ class JointEmbeddingConfig(MethodConfig):
 
 
 class Encoder(nn.Module):
-    """images [R, 3, s, s] -> projections [R, q]."""
+    """Batches of images, each [R, 3, s, s] -> the projections of each, [R, q]."""
 
     def __init__(self, backbone: nn.Module, mlp: str):
         super().__init__()
         self.backbone = backbone
         self.projector = ExpanderMLP(backbone.num_features, mlp)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.projector(self.backbone(x).pooled)
+    def forward(self, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return self.projector.of_batches([self.backbone(x).pooled for x in batches])
 
 
 class JointEmbedding(Method):
@@ -58,7 +58,8 @@ class JointEmbedding(Method):
         each group is one batch.
         """
         if sum(len(group.views) for group in views.groups) == 2:
-            projected = [self.encoder(x) for x in views.per_view()]
+            projected = self.encoder(views.per_view())
         else:
-            projected = [z for group in views.groups for z in self.encoder(group.pixels).chunk(len(group.views))]
+            batches = self.encoder([group.pixels for group in views.groups])
+            projected = [z for group, z_group in zip(views.groups, batches, strict=True) for z in z_group.chunk(len(group.views))]
         return tuple(wide(z) for z in projected)

@@ -150,10 +150,10 @@ def projector(arrays: Arrays) -> Arrays:
     h_x, h_y = (tensor(arrays[f"h_{v}"], grad=True) for v in "xy")
     with torch.no_grad():
         method.eval()
-        initial = method.encoder(h_x).numpy()
+        initial = method.encoder([h_x])[0].numpy()
         method.train()
     seen: list[Tensor] = []
-    method.encoder.register_forward_hook(lambda module, args, z: seen.append(z.detach()))
+    method.encoder.register_forward_hook(lambda module, args, zs: seen.extend(z.detach() for z in zs))
     out = method(rows_as_views((torch.cat((h_x, h_y)), 2)), state.schedules.at(0))
     out.loss.backward()
     x, y = seen
