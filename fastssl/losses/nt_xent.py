@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastssl.collectives import gathered, rank, world_size
-from fastssl.losses.pairs import global_loss, product
+from fastssl.losses.pairs import global_loss
+from fastssl.precision import product
 
 
 def nt_xent(x: Tensor, y: Tensor, temperature: float) -> Tensor:

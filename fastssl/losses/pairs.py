@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastssl.collectives import gathered, rank, total, world_size
-from fastssl.precision import wide
+from fastssl.precision import operand_dtype, product, wide
 
 Kernel = Callable[[Tensor], tuple[Tensor, Tensor]]
 """T -> k(T) and k'(T), element by element."""
@@ -28,16 +28,6 @@ Terms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 _CHUNK = 1 << 21
 """Entries of T that are looked at together, 8 MiB in fp32: 512 rows of N = 4096."""
-_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
-"""Since torch 2.8, on CUDA."""
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, summed and handed out in fp32 or wider whatever the operands are."""
-    with torch.autocast(a.device.type, enabled=False):
-        if a.dtype.itemsize < 4 and a.is_cuda and _HAS_OUT_DTYPE:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return torch.mm(wide(a), wide(b))  # products of 16-bit numbers are exact in fp32
 
 
 def global_loss(z: Tensor, terms: Terms) -> Tensor:
@@ -46,9 +36,7 @@ def global_loss(z: Tensor, terms: Terms) -> Tensor:
     Kept for the backward pass: the gradient [B, q] fp32; alone C, N N operands, instead.  Until the forward pass ends also the
     gathered rows, N q operands, and C.
     """
-    autocast = torch.is_autocast_enabled(z.device.type) and z.dtype is not torch.float64
-    dtype = torch.get_autocast_dtype(z.device.type) if autocast else z.dtype
-    return _GlobalLoss.apply(wide(z), dtype, terms)
+    return _GlobalLoss.apply(wide(z), operand_dtype(z), terms)
 
 
 class _GlobalLoss(torch.autograd.Function):

@@ -6,7 +6,8 @@ and columns of A is sampling the features, W1 A W2^T = (C/M)^(-1/2) (W1 X)(W2 X)
 softmax, the student's by a plain one; losses are cross-entropies, means over images, groups and rows.
 
 Shapes: B images, L local crops, N tokens of a global crop and n of a local one, C channels.  Features are those of the relation heads,
-view-major, z of the teacher and p of the student; they are compared in fp32 or wider.
+view-major, z of the teacher and p of the student; under autocast the operands of products of features are 16-bit, as published, while
+sampling, relations and all that is done with them are fp32 or wider.
 
 Memory at the published 128 images a GPU, from the shapes.  One channel relation of ViT-B, (128, 768, 768) in fp32, is 302 MB: the loss
 holds the teacher's two and their sum and three more for the view it works on, 1.8 GB, and keeps 0.3 GB of gradients of features.
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastssl.losses.overlap import overlap_coordinates, sampling_matrix
-from fastssl.precision import wide
+from fastssl.precision import operand_dtype, product, wide
 
 Factors = Sequence[Tensor]
 """(a, b), or (a,) for b = a: features [..., R, K] and [..., S, K] of R rows and S columns."""
@@ -31,7 +32,8 @@ Factors = Sequence[Tensor]
 
 def relation(factors: Factors) -> Tensor:
     """R = a b^T: [..., R, S]."""
-    return factors[0] @ factors[-1].mT
+    a, b = (x.to(operand_dtype(x)) for x in (factors[0], factors[-1]))
+    return product(a, b.mT)
 
 
 def teacher_relation(factors: Factors, temperature: float) -> Tensor:
@@ -41,17 +43,18 @@ def teacher_relation(factors: Factors, temperature: float) -> Tensor:
 
 class _RelationLoss(torch.autograd.Function):
     """See `relation_loss`.  The loss is one number and its gradient by R, (mass softmax(R) - Q) / rows, is known with it: taking that to
-    a and b at once spares keeping R or its softmax for the backward pass."""
+    a and b at once spares keeping R or its softmax for the backward pass.  Its division by the rows follows the products: fp16
+    would lose what is below 6e-8."""
 
     @staticmethod
     def forward(ctx, probs: Tensor, mass: int, *factors: Tensor) -> Tensor:
-        a, b = factors[0], factors[-1]
-        r = relation(factors)
+        a, b = (x.to(operand_dtype(x)) for x in (factors[0], factors[-1]))
+        r = product(a, b.mT)
         lse = r.logsumexp(-1, keepdim=True)
         rows = lse.numel()
         loss = (mass * lse.sum() - (probs * r).sum()) / rows
-        grad_r = (r - lse).exp_().mul_(mass).sub_(probs).div_(rows)
-        grads = grad_r @ b, grad_r.mT @ a
+        slope = (r - lse).exp_().mul_(mass).sub_(probs).to(a.dtype)
+        grads = product(slope, b).div_(rows), product(slope.mT, a).div_(rows)
         ctx.save_for_backward(*(grads if len(factors) == 2 else (grads[0] + grads[1],)))
         return loss
 
@@ -72,7 +75,7 @@ def relation_loss(student: Factors, probs: Tensor, mass: int = 1) -> Tensor:
 
 
 def channel_factors(features: Tensor, divisor: float) -> tuple[Tensor]:
-    """[..., N, C] -> ([..., C, N],): R = F F^T / d^2, divided before the product, which fp16 would overflow."""
+    """[..., N, C] -> ([..., C, N],): R = F F^T / d^2."""
     return (wide(features).mT / divisor,)
 
 
@@ -81,16 +84,15 @@ def channel_loss(z: Tensor, p: Tensor, p_local: Tensor | None, *, divisors: tupl
 
     z, p: [2B, N, C], p_local: [L B, n, C] or None.  divisors: d of global and of local views.
     """
-    with torch.autocast(z.device.type, enabled=False):
-        (teacher,), (student,) = (channel_factors(x.unflatten(0, (2, -1)), divisors[0]) for x in (z, p))
-        probs = [teacher_relation((t,), temperature) for t in teacher]
-        loss, pairs = sum(relation_loss((s,), q) for s, q in zip(student.flip(0), probs, strict=True)), 2
-        if p_local is not None:
-            (local,) = channel_factors(p_local.unflatten(0, (-1, student.shape[1])), divisors[1])
-            both = probs[0] + probs[1]  # one log-sum-exp of a local view serves both teachers
-            # A view at a time: the relations of all of them together are what takes memory.
-            loss, pairs = loss + sum(relation_loss((s,), both, mass=2) for s in local), pairs + 2 * len(local)
-        return loss / pairs
+    (teacher,), (student,) = (channel_factors(x.unflatten(0, (2, -1)), divisors[0]) for x in (z, p))
+    probs = [teacher_relation((t,), temperature) for t in teacher]
+    loss, pairs = sum(relation_loss((s,), q) for s, q in zip(student.flip(0), probs, strict=True)), 2
+    if p_local is not None:
+        (local,) = channel_factors(p_local.unflatten(0, (-1, student.shape[1])), divisors[1])
+        both = probs[0] + probs[1]  # one log-sum-exp of a local view serves both teachers
+        # A view at a time: the relations of all of them together are what takes memory.
+        loss, pairs = loss + sum(relation_loss((s,), both, mass=2) for s in local), pairs + 2 * len(local)
+    return loss / pairs
 
 
 # ------------------------------------------------------------------------------------------------ pixels
@@ -143,16 +145,17 @@ def pixel_loss(
     overlap has ln S^2 and no gradient, as published.
     """
     boxes, flips = boxes.to(torch.promote_types(z.dtype, torch.float32)).transpose(0, 1), flips.T
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast(z.device.type, enabled=False):  # sampling
         teacher, student = (global_factors(x, boxes, flips, sizes, groups) for x in (z, p))
-        loss, pairs = torch.zeros((), dtype=boxes.dtype, device=z.device), 2
-        for q in (0, 1):
-            loss = loss + relation_loss([s[1 - q] for s in student], teacher_relation([t[q] for t in teacher], temperature))
-        if p_local is not None:
-            t, s = local_factors(z, p_local, boxes, flips, local_size, groups)
-            local_pairs = 2 * s.shape[1]
-            loss, pairs = loss + local_pairs * relation_loss((s,), teacher_relation((t,), temperature)), pairs + local_pairs
-        return loss / pairs
+        local = None if p_local is None else local_factors(z, p_local, boxes, flips, local_size, groups)
+    loss, pairs = torch.zeros((), dtype=boxes.dtype, device=z.device), 2
+    for q in (0, 1):
+        loss = loss + relation_loss([s[1 - q] for s in student], teacher_relation([t[q] for t in teacher], temperature))
+    if local is not None:
+        t, s = local
+        local_pairs = 2 * s.shape[1]
+        loss, pairs = loss + local_pairs * relation_loss((s,), teacher_relation((t,), temperature)), pairs + local_pairs
+    return loss / pairs
 
 
 def grid(tokens: Tensor) -> tuple[int, int]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastssl.collectives import global_sum, total, world_size
-from fastssl.losses.pairs import pair_sum, product
-from fastssl.precision import wide
+from fastssl.losses.pairs import pair_sum
+from fastssl.precision import product, wide
 
 
 def centered(x: Tensor) -> Tensor:

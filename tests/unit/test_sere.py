@@ -82,6 +82,26 @@ def random_features(images: int, local_crops: int, channels: int) -> tuple[Tenso
     return z, p.requires_grad_(), p_local.requires_grad_()
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)], ids=["bf16", "fp16"])
+def test_relation_losses_under_autocast(dtype: torch.dtype, most: float):
+    """Operands of 16 bits, everything else of 32: the error is that of the operands, also where slopes / rows are below fp16's least."""
+    z, p, p_local = random_features(2, 3, 64)
+    views = views_of(0, (48, 48, 24, 24, 24), images=2)
+
+    def both(z, p, p_local):
+        channel = channel_loss(z, p, p_local, divisors=(6, 3), temperature=0.1)
+        pixel = pixel_loss(z, p, p_local, views.boxes, views.flips, groups=2, sizes=(16, 16), local_size=6, temperature=0.5)
+        return torch.stack((channel, pixel)), torch.autograd.grad(channel + pixel, (p, p_local))
+
+    exact, exact_grads = both(*(x.double().detach().requires_grad_() for x in (z, p, p_local)))
+    with torch.autocast("cpu", dtype=dtype):
+        losses, grads = both(z, p, p_local)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), exact, rtol=most, atol=0)
+    for grad, expected in zip(grads, exact_grads, strict=True):
+        assert float((grad - expected).norm() / expected.norm()) < 5 * most
+
+
 def test_only_features_are_kept_for_the_backward_pass():
     """A channel relation has 64 x 64 elements an image and an overlap's (16 x 16)^2 a group: more than the features."""
     z, p, p_local = random_features(2, 3, 64)
