@@ -183,6 +183,9 @@ def _log(folder: Path, dist: Dist) -> AbstractContextManager[TextIO]:
 def settled(name: str, do: Callable[[Dist], None], folder: Path, dist: Dist) -> Row | None:
     """The row of a protocol, on rank 0; what its command says goes to folder/LOG."""
     start, reason = time.perf_counter(), ""
+    with together(dist, folder):
+        if dist.is_main:  # without a row it is of other settings, or the call ended before its row was written
+            file_of(folder, name).unlink(missing_ok=True)
     with together(dist, folder / LOG), _log(folder, dist) as log, redirect_stdout(log):
         try:
             do(dist)
@@ -198,7 +201,7 @@ def run(args: Args, dist: Dist) -> None:
     if args.epochs < 1:
         raise ConfigError(f"--epochs must be a positive number, got {args.epochs}.")
     subject = open_subject(args, dist)
-    folder = args.out or beside(args.checkpoint, str(subject.origin["network"]), data_name(args.data), "evaluations")
+    folder = args.out or beside(args.checkpoint, subject.network, data_name(args.data), "evaluations")
     if folder is None:
         raise ConfigError("A random backbone has no place beside it for results: say where they go with --out DIR.")
     check_writable(folder)

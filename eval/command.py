@@ -5,13 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import tyro
 
-from eval.results import beside, check_writable, data_name
 from fastssl.checkpoint import CheckpointError
 from fastssl.config import ConfigError
 from fastssl.distributed import Dist, session
@@ -82,6 +80,10 @@ class Subject:
     dropped: str
     """Weights of the file that were not used, in one line; "" for none."""
 
+    @property
+    def network(self) -> str:
+        return str(self.origin["network"])
+
     def __str__(self) -> str:
         known = {n: v for n, v in self.origin.items() if n not in ("checkpoint", "data") and v is not None}
         shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in known.items())
@@ -95,17 +97,6 @@ def open_subject(args: BackboneArgs, dist: Dist) -> Subject:
     origin |= {"output_checksum": output_checksum(backbone), "data": args.data}
     norm = Photometric(**(about["normalisation"] or {}))
     return Subject(backbone.to(dist.device, memory_format=torch.channels_last), norm, origin, left_out(about["dropped"]))
-
-
-def result_path(args: EvaluationArgs, subject: Subject, protocol: str, out: Path | None) -> Path | None:
-    """`out`, or CHECKPOINT.PROTOCOL.NETWORK.DATA[.SUBSET][.QUERIES].json; None for a random backbone.  ConfigError where nothing can
-    be written."""
-    named = beside(args.checkpoint, protocol, subject.origin["network"], data_name(args.data), args.subset, args.queries)
-    if out is None and named is not None:
-        out = named.with_name(named.name + ".json")
-    if out is not None:
-        check_writable(out)
-    return out
 
 
 A = TypeVar("A")

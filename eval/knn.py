@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from eval import command, labels
-from eval.command import open_subject, result_path
+from eval.command import open_subject
 from eval.extract import FeatureArgs, Part, Recipe, banks, shown, take
 from eval.protocols import KNN_PROTOCOLS, LewelMonitor, WeightedKNN
-from eval.results import check_writable, publish, table_line
+from eval.results import check_same, check_writable, publish, result_path, table_line
 from eval.votes import keep_index, knn, lewel_monitor
 from fastssl.config import ConfigError
 from fastssl.distributed import Dist
@@ -150,7 +150,9 @@ def run(args: Args, dist: Dist) -> None:
     protocol = settings(args)
     subject = open_subject(args, dist)
     recipe = args.recipe(subject, protocol)
-    out = result_path(args, subject, args.protocol, args.out)
+    name = args.run_as(protocol, KNN_PROTOCOLS[args.protocol])
+    out = result_path(args.checkpoint, args.out, args.protocol, subject.network, args.data, args.subset, args.queries)
+    check_same(out, data=args.data, run_as=name, k=list(protocol.k))
     if args.picture is not None:
         check_writable(args.picture)
     parts = {name: args.parts[name] for name in protocol.splits}
@@ -162,7 +164,7 @@ def run(args: Args, dist: Dist) -> None:
 
         draw(args.picture, found["train"], found["val"], title=f"{subject.origin['checkpoint']}   {protocol.name}", dist=dist)
     sizes = {f"num_{name}": part.loader.num_samples for name, part in found.items()}
-    name, how = args.run_as(protocol, KNN_PROTOCOLS[args.protocol]), shown(args, recipe)
+    how = {"k": list(protocol.k)} | shown(args, recipe)
     lines = [str(subject), *(f"{name}  {key} {value:.2f} %" for key, value in result.items())]
     lines += [table_line(subject.origin, f"{name}, k = {k}", f"{result[f'knn{k}_top1']:.2f}") for k in protocol.k]
     lines.append(", ".join(f"{key} {value}" for key, value in (sizes | how).items()))

@@ -16,11 +16,11 @@ from typing import Literal
 import torch
 
 from eval import command
-from eval.command import EvaluationArgs, open_subject, result_path
+from eval.command import EvaluationArgs, open_subject
 from eval.features import SharedFeatures, check_kind
 from eval.linear_protocols import LINEAR_PROTOCOLS, LinearProtocol, changed
 from eval.probe import BEST, PUBLISHED, Kept, Probe, open_data
-from eval.results import check_writable, data_name, publish, table_line, together
+from eval.results import check_same, check_writable, data_name, publish, result_path, side_file, table_line, together
 from eval.saved_heads import measure_saved, save_heads
 from fastssl.config import ConfigError
 from fastssl.distributed import Dist
@@ -112,10 +112,11 @@ def measure(
     run_as = protocol.run_as(**named)
     identity = {"protocol": run_as, "settings": [asdict(s) for s in settings], "weights": probe.digest, "kind": kind}
     identity |= {"data": data_path, "dtype": precision, "seed": seed, "images": data.train.num_samples, "classes": data.num_classes}
-    state_file = out and out.with_suffix(".state.pt")
+    check_same(out, data=data_path, run_as=run_as, seed=seed, sweep=sweep)
+    state_file = out and side_file(out, "state")
     probe.run(state_file, identity, print if dist.is_main and not quiet else lambda line: None)
     if out is not None:
-        head = out.with_suffix(".head.pt")
+        head = side_file(out, "head")
         with together(dist, head):
             if dist.is_main:
                 save_heads(head, probe, run_as)
@@ -195,9 +196,9 @@ def run(args: Args, dist: Dist, shared: SharedFeatures | None = None) -> None:
     reading["normalisation"] = subject.normalisation
     if args.eval_only:
         out = eval_only_path(args)
-        result = measure_saved(args.head, subject.backbone, args.data, dist=dist, **reading)
+        result = measure_saved(args.head, subject.backbone, args.data, dist=dist, out=out, **reading)
     else:
-        out = result_path(args, subject, args.protocol, args.out)
+        out = result_path(args.checkpoint, args.out, args.protocol, subject.network, args.data, args.subset, args.queries, seed=args.seed)
         given = {name: getattr(args, name) for name in ("epochs", "batch", "base_lr", "resize", "crop")}
         protocol = changed(LINEAR_PROTOCOLS[args.protocol], **given)
         options = {"kind": args.kind, "sweep": args.sweep, "seed": args.seed, "dtype": DTYPES[args.dtype], "out": out, "shared": shared}

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from eval import command
 from eval.accuracy import Accuracy, accuracy
-from eval.command import Subject, open_subject, result_path
+from eval.command import Subject, open_subject
 from eval.extract import FeatureArgs, Part, shown, take
 from eval.features import Bank
 from eval.labels import checked_classes
 from eval.protocols import LogisticRegression
-from eval.results import beside, data_name, publish, table_line, together
+from eval.results import beside, check_same, data_name, publish, result_path, table_line, together
 from fastssl.config import ConfigError
 from fastssl.distributed import Dist
 
@@ -122,7 +122,7 @@ def settings(args: Args) -> LogisticRegression:
 
 
 def features_folder(args: Args, subject: Subject) -> Path:
-    folder = args.features or beside(args.checkpoint, str(subject.origin["network"]), data_name(args.data), "features")
+    folder = args.features or beside(args.checkpoint, subject.network, data_name(args.data), "features")
     if folder is None:
         raise ConfigError("Features of a random backbone have no place beside a checkpoint: say where to keep them with --features DIR.")
     return folder
@@ -159,7 +159,9 @@ def run(args: Args, dist: Dist) -> None:
     protocol = settings(args)
     subject = open_subject(args, dist)
     recipe, folder = args.recipe(subject, protocol), features_folder(args, subject)
-    out = result_path(args, subject, args.protocol, args.out)
+    name = args.run_as(protocol, LogisticRegression())
+    out = result_path(args.checkpoint, args.out, args.protocol, subject.network, args.data, args.subset, args.queries, seed=args.seed)
+    check_same(out, data=args.data, run_as=name, seed=args.seed)
     found = take(
         args, subject, recipe, dist, args.parts, folder=folder, check=lambda parts: checked_classes(parts["train"], parts["val"], args.data)
     )
@@ -168,7 +170,6 @@ def run(args: Args, dist: Dist) -> None:
         if dist.is_main:
             result = trained(found, protocol, args, dist.device)
     if dist.is_main:
-        name = args.run_as(protocol, LogisticRegression())
         how = {n: getattr(protocol, n) for n in ("epochs", "batch", "lr", "weight_decay")} | {"seed": args.seed} | shown(args, recipe)
         sizes = {f"num_{part}": f.loader.num_samples for part, f in found.items()}
         best = f"top-1 {result['top1_best']:.2f} % at best, after epoch {result['best_epoch']}; top-5 {result['top5_best']:.2f} %"

@@ -56,6 +56,40 @@ def data_name(data: str) -> str:
     return Path(data).resolve().name
 
 
+def result_path(checkpoint: str, out: Path | None, protocol: str, network: str, data: str, *parts: str, seed: int = 0) -> Path | None:
+    """`out`, or CHECKPOINT.PROTOCOL.NETWORK.DATA[.PARTS][.seedN].json; None for a random backbone.  ConfigError where nothing can be
+    written."""
+    named = beside(checkpoint, protocol, network, data_name(data), *parts, f"seed{seed}" if seed else "")
+    if out is None and named is not None:
+        out = named.with_name(named.name + ".json")
+    if out is not None:
+        check_writable(out)
+    return out
+
+
+def side_file(out: Path, kind: str) -> Path:
+    """What lies beside the result OUT.json: OUT.KIND.pt."""
+    return out.with_name(f"{out.name.removesuffix('.json')}.{kind}.pt")
+
+
+def check_same(out: Path | None, *, data: str, **of: object) -> None:
+    """ConfigError when another evaluation's result is at `out`: it and the model beside it would be lost.
+
+    data   where the data are
+    of     further entries of the result that say which evaluation it is of; those that the file lacks are not compared
+    """
+    if out is None or not out.exists():
+        return
+    try:
+        found = dict(json.loads(out.read_text()))
+    except (ValueError, TypeError):
+        raise ConfigError(f"{out} is there, and no result of an evaluation. Choose another file with --out FILE.json.") from None
+    of["data"], found["data"] = (str(Path(folder).resolve()) for folder in (data, found.get("data", data)))
+    if different := [n for n in of if found.get(n, of[n]) != of[n]]:
+        shown = "; ".join(f"{n} was {found[n]} and is {of[n]}" for n in different)
+        raise ConfigError(f"{out} is the result of another evaluation: {shown}. Write elsewhere with --out FILE.json, or move it away.")
+
+
 def check_writable(out: Path) -> None:
     if not os.access(out.parent, os.W_OK):
         raise ConfigError(

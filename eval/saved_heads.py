@@ -12,6 +12,7 @@ from eval.features import check_kind, extracted
 from eval.heads import logits
 from eval.labels import check_labels, check_same_classes
 from eval.probe import BEST, FORMAT, PUBLISHED, Probe
+from eval.results import check_same
 from fastssl.augment.augmenter import Augmenter
 from fastssl.checkpoint import CheckpointError, atomic_save
 from fastssl.distributed import Dist
@@ -44,9 +45,11 @@ def measure_saved(
     backend: str,
     workers: int,
     normalisation: Photometric,
+    out: Path | None = None,
 ) -> dict:
     """Accuracies of the classifiers in `path` on the val split of `data_path`, or its part `queries` of train.
 
+    out: where the result will be written; ConfigError when another evaluation's is there.
     CheckpointError when the file is none, or of another backbone; DataError for other classes.
     """
     saved = _read(path)
@@ -55,6 +58,8 @@ def measure_saved(
         raise CheckpointError(
             f"{path} was trained on another backbone than this one. Give the checkpoint (and --network) it was trained on."
         )
+    run_as = f"{saved['run_as']}, head of {path}" + (f", queries {queries}" if queries else "")
+    check_same(out, data=data_path, run_as=run_as)
     crop = CenterCrop(size=saved["crop"], resize=saved["resize"], interpolation=saved["interpolation"])
     spec = (View(crop=crop, photometric=normalisation),)
     split = "train" if queries else "val"
@@ -69,7 +74,6 @@ def measure_saved(
     parts = extracted(backbone, loader, augment, saved["dtype"], kind=saved["kind"], what="validation")
     found = accuracy(((logits(p.features, weight, bias), p.labels.long()) for p in parts), weight.shape[1], dist)
     scores = [{**about, "top1": found.top1[k], "top5": found.top5[k]} for k, about in enumerate(saved["about"])]
-    run_as = f"{saved['run_as']}, head of {path}" + (f", queries {queries}" if queries else "")
     result = {"protocol": saved["protocol"], "run_as": run_as, "head": str(path), **scores[0]}
     if len(scores) > 1:
         result["best_of_sweep"] = scores[1]

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from eval.command import EvaluationArgs, open_subject, result_path
-from eval.results import publish, table_line, together
+from eval.command import EvaluationArgs, open_subject
+from eval.results import check_same, publish, result_path, side_file, table_line, together
 from eval.tuning import FORMAT, Tuning, open_data
 from eval.tuning_protocols import TUNING_PROTOCOLS, TuningProtocol, changed
 from fastssl.checkpoint import atomic_save
@@ -72,12 +72,13 @@ def measure(
     identity = {"protocol": asdict(protocol), "weights": tuning.digest, "data": data_path, "dtype": dtype, "seed": seed}
     identity |= {"images": data.train.num_samples, "classes": data.num_classes, "passes": data.passes, "processes": dist.world}
     identity |= {"mean": norm.mean, "std": norm.std, "queries": queries}
-    state_file = out and out.with_suffix(".state.pt")
+    check_same(out, data=data_path, run_as=run_as, seed=seed)
+    state_file = out and side_file(out, "state")
     tuning.run(state_file, identity, print if dist.is_main and not quiet else lambda line: None)
     if out is not None:
         classes = None if data.train.classes is None else list(data.train.classes)
         saved = {"format": FORMAT, "protocol": protocol.name, "run_as": run_as, "classes": classes, "crop": protocol.crop}
-        model = out.with_suffix(".model.pt")
+        model = side_file(out, "model")
         with together(dist, model):
             if dist.is_main:
                 atomic_save(saved | {"model": tuning.model.weights()}, model)
@@ -100,7 +101,7 @@ def summary(tuning: Tuning, run_as: str, dtype: str) -> dict:
 def run(args: TuningArgs, dist: Dist) -> None:
     args.check_parts(TUNING_PROTOCOLS[args.protocol].subset)
     subject = open_subject(args, dist)
-    out = result_path(args, subject, args.protocol, args.out)
+    out = result_path(args.checkpoint, args.out, args.protocol, subject.network, args.data, args.subset, args.queries, seed=args.seed)
     if dist.is_main:
         print(subject)
     given = {field: getattr(args, field) for field in ("epochs", "batch", "base_lr", "head_lr", "resize", "crop")}

@@ -20,7 +20,7 @@ from eval.detection.results import Found, coco_ap, detect
 from eval.detection.training import FORMAT, Training
 from eval.detection.voc import read_voc
 from eval.detection.voc_ap import voc_ap
-from eval.results import beside, check_writable, data_name, publish, table_line, together
+from eval.results import check_same, check_writable, publish, result_path, side_file, table_line, together
 from fastssl.checkpoint import atomic_save
 from fastssl.cli import check_name
 from fastssl.config import ConfigError
@@ -145,20 +145,21 @@ def measure(
     photos, test = read(preset, folder)
     say(f"{len(photos)} images to learn from, {len(test.photos)} to measure with")
     preset = changed(preset, classes=len(test.classes))
+    check_same(out, data=folder, run_as=preset.run_as, seed=seed)
     reading = {"batch": batch, "rank": dist.rank, "world": dist.world, "seed": seed, "threads": threads}
     images = TrainingPhotos(photos, preset.train_sides, preset.longest, masks=preset.detector.mask, **reading)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         detector = detector_from_backbone(preset.detector, backbone_state)
     training = Training(detector.to(dist.device, memory_format=torch.channels_last), preset, images, dist, seed)
-    state_file = out and out.with_suffix(".state.pt")
+    state_file = out and side_file(out, "state")
     identity = {"preset": asdict(preset), "data": folder, "images": len(photos), "seed": seed, "processes": dist.world} | (about or {})
     training.run(state_file, identity, say)
     if out is not None:
         with together(dist, out):
             if dist.is_main:
                 saved = {"format": FORMAT, "run_as": preset.run_as, "detector": asdict(preset.detector), "classes": test.classes}
-                atomic_save(saved | {"model": detector.state_dict()}, out.with_suffix(".model.pt"))
+                atomic_save(saved | {"model": detector.state_dict()}, side_file(out, "model"))
     found = detect(detector, test.photos, side=preset.test_side, longest=preset.longest, dist=dist, threads=threads)
     if picture is not None:
         from eval.detection.picture import draw  # Pillow's fonts are for this alone
@@ -197,11 +198,9 @@ def run(args: Args, dist: Dist) -> None:
         raise ConfigError(f"{args.checkpoint} holds a {found['arch']}, and detection takes ResNets. Give the checkpoint of one.")
     preset = changed(preset, arch=found["arch"])
     origin = {"checkpoint": args.checkpoint} | {name: found[name] for name in ORIGIN}
-    out = args.out
-    if out is None and (named := beside(args.checkpoint, f"detection/{preset.name}", found["network"], data_name(args.data))):
-        out = named.with_name(named.name + ".json")
-    for path in (p for p in (out, args.picture) if p is not None):
-        check_writable(path)
+    out = result_path(args.checkpoint, args.out, f"detection/{preset.name}", found["network"], args.data, seed=args.seed)
+    if args.picture is not None:
+        check_writable(args.picture)
     if dist.is_main:
         print(f"{args.checkpoint} ({', '.join(f'{n} {v}' for n, v in origin.items() if n != 'checkpoint' and v is not None)})")
         if found["dropped"]:

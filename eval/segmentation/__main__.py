@@ -14,7 +14,7 @@ from typing import Literal
 
 from eval import command
 from eval.command import open_subject
-from eval.results import beside, check_writable, data_name, publish, table_line, together
+from eval.results import check_same, check_writable, publish, result_path, side_file, table_line, together
 from eval.segmentation.datasets import Annotated, open_annotated
 from eval.segmentation.protocols import SEGMENTATION_PROTOCOLS, SegmentationProtocol, changed
 from eval.segmentation.training import Segmentation
@@ -116,7 +116,8 @@ def measure(
     run = Segmentation(backbone, protocol, data, dist, DTYPES[dtype], norm, seed, workers)
     identity = {"protocol": asdict(protocol), "weights": run.digest, "data": source, "images": len(data.train), "classes": data.classes}
     identity |= {"dtype": dtype, "seed": seed, "mean": norm.mean, "std": norm.std, "processes": dist.world}
-    state_file = out and out.with_suffix(".state.pt")
+    check_same(out, data=source, run_as=run_as, seed=seed)
+    state_file = out and side_file(out, "state")
     run.run(state_file, identity, (lambda line: print(line, flush=True)) if dist.is_main and not quiet else lambda line: None)
     scores = run.evaluate().result()
     iou = scores.pop("iou")
@@ -128,7 +129,7 @@ def measure(
             if dist.is_main:
                 draw(picture, run)
     if out is not None:
-        model = out.with_suffix(".model.pt")
+        model = side_file(out, "model")
         with together(dist, model):
             if dist.is_main:
                 about = {"protocol": protocol.name, "run_as": run_as, "classes": data.classes, "names": data.names}
@@ -154,16 +155,11 @@ def run(args: Args, dist: Dist) -> None:
         return
     if not args.checkpoint:
         raise ConfigError("Say which backbone with --checkpoint FILE, or look at the settings with --dry-run.")
-    out = args.out
     if args.picture is not None:
         check_writable(args.picture)
     data = open_annotated(args.data, protocol.data)
     subject = open_subject(args, dist)
-    named = beside(args.checkpoint, args.protocol, subject.origin["network"], data_name(args.data))
-    if out is None and named is not None:
-        out = named.with_name(named.name + ".json")
-    if out is not None:
-        check_writable(out)
+    out = result_path(args.checkpoint, args.out, args.protocol, subject.network, args.data, seed=args.seed)
     if dist.is_main:
         print(subject)
     options = {"dtype": args.dtype, "normalisation": subject.normalisation, "seed": args.seed, "workers": args.workers}

@@ -71,10 +71,12 @@ def test_what_is_done_is_not_done_again(class_folders, tmp_path, capsys, monkeyp
     assert "| knn/sfrik | not possible: run again |" in shown
     rows = {row["protocol"]: row for row in json.loads((tmp_path / "all" / "all.json").read_text())["rows"]}
     assert rows["knn/dino"] == saved["rows"][0] and set(rows) == {"knn/dino", "knn/sfrik"}
+    knn = tmp_path / "all" / "knn-dino.json"
+    assert "crop 32" in knn.read_text()
     (tmp_path / "all" / "linear-dino.state.pt").touch()
     eval_all.main([*flags[:-1], "--crop", "28", "--only", "knn/dino"])
     assert "other settings (crop): starting over" in (shown := capsys.readouterr().out) and "done before" not in shown
-    assert not (tmp_path / "all" / "linear-dino.state.pt").exists()
+    assert not (tmp_path / "all" / "linear-dino.state.pt").exists() and "crop 28" in knn.read_text()
 
 
 def test_a_random_backbone_needs_a_place(class_folders):

@@ -184,7 +184,7 @@ def test_command_line_writes_protocol_and_numbers(photographs, tmp_path, capsys)
     assert result["knn1_top1"] == 100.0
     assert set(result) == {
         *("protocol", "run_as", "checkpoint", "data", "knn1_top1", "knn1_top5", "knn18_top1", "knn18_top5", "num_train", "num_val"),
-        *("arch", "method", "step", "network", "output_checksum", "resize", "crop", "interpolation", "kind", "dtype"),
+        *("arch", "method", "step", "network", "output_checksum", "resize", "crop", "interpolation", "kind", "dtype", "k"),
     }
     assert (result["protocol"], result["num_train"], result["num_val"], result["arch"], result["step"]) == (
         "knn/dino",
@@ -221,6 +221,9 @@ def test_a_separate_validation_set(photographs, tmp_path, capsys):
     assert (result["num_train"], result["num_val"], result["queries"]) == (6, 6, "after:2")
     code, _, err = call(capsys, *flags)
     assert code == 1 and "give them a part with --subset" in err
+    code, _, err = call(capsys, *flags, "--subset", "first:2", "--k", 2)
+    assert code == 1 and "k was [1] and is [2]. Write elsewhere with --out" in err
+    flags = (*flags[:-4], *flags[-2:], "--out", tmp_path / "other.json")
     code, _, err = call(capsys, *flags, "--subset", "random:5")
     assert code == 1 and "(--queries) are also among those to learn from (--subset): they would find themselves" in err
 

@@ -246,6 +246,30 @@ def test_command_line(class_folders, tmp_path, capsys):
     assert "cannot be read as saved classifiers" in error
 
 
+def test_no_result_replaces_that_of_another_evaluation(class_folders, tmp_path, capsys):
+    """Seeds have files of their own; another setting is refused before any work; the same evaluation may be done again."""
+    weights = tmp_path / "w.pth"
+    torch.save(load_backbone("random:resnet18:1")[0].state_dict(), weights)
+    flags = ("--checkpoint", weights, "--data", class_folders, *SMALL, "--protocol", "linear/w2ssl", "--epochs")
+    for trial in ((), ("--seed", 1)):
+        assert call(capsys, *flags, 1, *trial)[1] == ""
+    named = f"w.linear-w2ssl.online.{class_folders.name}"
+    there = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert sorted(there) == sorted(["w.pth", *(f"{named}{seed}{kind}" for seed in ("", ".seed1") for kind in (".head.pt", ".json"))])
+    _, error = call(capsys, *flags, 2)
+    assert "1 of 100 epochs" in error and "2 of 100 epochs" in error and "--out" in error and len(error.splitlines()) == 1
+    _, error = call(capsys, *flags, 1, "--out", tmp_path / f"{named}.seed1.json")
+    assert "seed was 1 and is 0" in error
+    _, error = call(capsys, "--checkpoint", weights, "--data", class_folders, "--eval-only", "--head", tmp_path / f"{named}.head.pt",
+                    "--out", tmp_path / f"{named}.json")  # fmt: skip
+    assert "head of" in error
+    assert there == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert call(capsys, *flags, 1)[1] == ""
+    for out in ("lin.e1", "lin.e2"):
+        assert call(capsys, *flags, 1, "--out", tmp_path / out)[1] == ""
+    assert {p.name for p in tmp_path.iterdir()} - there.keys() == {"lin.e1", "lin.e1.head.pt", "lin.e2", "lin.e2.head.pt"}
+
+
 def test_all_classifiers_of_ibot_on_a_transformer(class_folders, capsys):
     flags = (
         "--checkpoint",

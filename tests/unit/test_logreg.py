@@ -71,4 +71,4 @@ def test_command_line(beton_data, tmp_path, capsys):
         (("--checkpoint", "random:resnet18"), "say where to keep them with --features"),
     ):
         with pytest.raises(SystemExit, match=message):
-            logreg.main(["--checkpoint", str(weights), *map(str, flags), *changed])
+            logreg.main(["--checkpoint", str(weights), *map(str, flags), "--out", str(tmp_path / "other.json"), *changed])
