@@ -69,11 +69,16 @@ def coco_ap(data: DetectionSet, found: Sequence[Found], *, masks: bool) -> dict[
     The images count all, also those without an object.  Data without COCO's annotation file are brought into its form.
     """
     truth = COCO()
-    truth.dataset = data.dataset or as_coco(data)
+    truth.dataset = numbered(data.dataset or as_coco(data))
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
     kinds = {"box": "bbox", "mask": "segm"} if masks else {"box": "bbox"}
     return {name: _statistics(truth, _results(data, found, kind), kind, data) for name, kind in kinds.items()}
+
+
+def numbered(dataset: dict) -> dict:
+    """The annotations numbered from 1: pycocotools knows them by their ids, and takes a match with the id 0 for none."""
+    return dataset | {"annotations": [a | {"id": number} for number, a in enumerate(dataset["annotations"], 1)]}
 
 
 def _results(data: DetectionSet, found: Sequence[Found], kind: str) -> list[dict]:

@@ -57,6 +57,16 @@ def test_perfect_detections_reach_100():
         assert result[kind]["per_class"] == pytest.approx({"cat": 100.0, "dog": 100.0})
 
 
+@pytest.mark.parametrize("ids", [range(21), [7] * 21], ids=["from 0", "equal"])
+def test_ids_of_annotations_do_not_count(ids):
+    data = with_masks(made_up())
+    for annotation, number in zip(data.dataset["annotations"], ids, strict=True):
+        annotation["id"] = number
+    result = coco_ap(data, as_found(data), masks=True)
+    assert [result[kind]["AP"] for kind in ("box", "mask")] == pytest.approx([100, 100])
+    assert [a["id"] for a in data.dataset["annotations"]] == list(ids)
+
+
 def test_boxes_shifted_by_a_quarter_are_found_at_half_overlap_only():
     """Their IoU is 0.6, which the third of ten thresholds may or may not let pass: it is rounded."""
     data = made_up()
