@@ -70,9 +70,32 @@ def _object(annotation: dict, images: dict, labels: dict[int, int], path: Path) 
     return image, Object(box, labels[category], mask)
 
 
+def with_masks(dataset: dict, where: str) -> dict:
+    """The annotation file with polygons of three corners or more alone: pycocotools takes two corners for a box.
+
+    where: what the annotations are of.  DataError for an annotation without a mask, crowds included.
+    """
+    annotations = []
+    for annotation in dataset["annotations"]:
+        mask = annotation.get("segmentation")
+        mask = polygons(mask) if isinstance(mask, list) else mask
+        if not mask:
+            raise DataError(
+                f"Annotation {annotation['id']} of {where} has no segmentation, or no polygon of three corners, and masks are measured. "
+                f"Correct the annotation, or take a preset without masks."
+            )
+        annotations.append(annotation | {"segmentation": mask})
+    return dataset | {"annotations": annotations}
+
+
+def polygons(segmentation: list) -> list[list[float]]:
+    """Those with at least three corners."""
+    return [polygon for polygon in segmentation if len(polygon) % 2 == 0 and len(polygon) >= 6]
+
+
 def _mask(segmentation: list | dict, height: int, width: int, where: str) -> ObjectMask:
     if isinstance(segmentation, list):
-        return [np.array(polygon, np.float64) for polygon in segmentation if len(polygon) % 2 == 0 and len(polygon) >= 6]
+        return [np.array(polygon, np.float64) for polygon in polygons(segmentation)]
     if list(segmentation["size"]) != [height, width]:
         raise DataError(
             f"{where} has a mask of {segmentation['size']} pixels, and its image has {[height, width]}. Correct the annotation."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,7 @@ import torchvision
 
 from eval.command import ORIGIN, main
 from eval.detection.annotations import DetectionSet, Photo
-from eval.detection.coco import read_coco
+from eval.detection.coco import read_coco, with_masks
 from eval.detection.data import TrainingPhotos
 from eval.detection.model import detector_from_backbone
 from eval.detection.presets import DETECTION_PRESETS, DetectionPreset, changed
@@ -110,8 +110,10 @@ def read(preset: DetectionPreset, folder: str) -> tuple[list[Photo], DetectionSe
     photos = train.learnable(masks=masks)
     if not photos:
         raise DataError(f"No image of {preset.train[0]} in {folder} has an object {'with a mask ' if masks else ''}to learn from.")
-    if masks and any(o.mask is None for photo in test.photos for o in photo.objects):
-        raise DataError(f"Objects of {preset.test} in {folder} have no segmentation, which {preset.name} measures. Take another preset.")
+    if all(o.difficult for photo in test.photos for o in photo.objects):
+        raise DataError(f"No image of {preset.test} in {folder} has an object to measure with. Complete the annotations.")
+    if masks:
+        test = replace(test, dataset=with_masks(test.dataset, f"{preset.test} in {folder}"))
     return photos, test
 
 

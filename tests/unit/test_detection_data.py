@@ -11,7 +11,10 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from eval.detection.coco import read_coco
+from eval.detection.command import evaluate, read
 from eval.detection.data import TrainingPhotos, decode, moved, order, sample
+from eval.detection.presets import DETECTION_PRESETS, changed
+from eval.detection.results import Found
 from eval.detection.voc import read_voc
 from loaders.errors import DataError
 from tests.detection import SIZES, write_detection_data
@@ -27,8 +30,8 @@ def copy(tmp_path) -> Path:
     return write_detection_data(tmp_path)
 
 
-def change(folder: Path, edit) -> None:
-    path = folder / "annotations" / "instances_train2017.json"
+def change(folder: Path, edit, split: str = "train2017") -> None:
+    path = folder / "annotations" / f"instances_{split}.json"
     content = json.loads(path.read_text())
     edit(content)
     path.write_text(json.dumps(content))
@@ -85,6 +88,43 @@ def test_bad_coco_annotations_are_named(copy, edit, said):
     change(copy, edit)
     with pytest.raises(DataError, match=said):
         read_coco(copy, "train2017")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"segmentation": []},
+        {"segmentation": [[1, 2, 3, 4]]},
+        {"segmentation": [[1, 2, 3, 4, 5]]},
+        {"segmentation": [], "iscrowd": 1},
+        {},
+    ],
+)
+def test_what_is_measured_has_masks(copy, edit):
+    """Refused before the training: pycocotools fails on some, and takes others for something else."""
+    change(copy, lambda c: (c["annotations"][2].pop("segmentation"), c["annotations"][2].update(edit)), "val2017")
+    with pytest.raises(DataError, match="Annotation 1020 of val2017 in .* has no segmentation.*Correct the annotation"):
+        read(DETECTION_PRESETS["coco_fpn_mini"], str(copy))
+    preset = changed(DETECTION_PRESETS["coco_fpn_mini"], mask=False)
+    assert len(read(preset, str(copy))[1].photos) == 4
+
+
+def test_polygons_of_two_corners_are_not_measured(copy):
+    """The others of their object are."""
+    change(copy, lambda c: c["annotations"][2]["segmentation"].insert(0, [1, 2, 3, 4]), "val2017")
+    preset = DETECTION_PRESETS["coco_fpn_mini"]
+    _, test = read(preset, str(copy))
+    found = []
+    for p in test.photos:
+        masks = [rle.merge(rle.frPyObjects([m.tolist() for m in o.mask], p.height, p.width)) for o in p.objects]
+        found.append(Found(np.array([o.box for o in p.objects]), np.ones(2), np.array([o.label for o in p.objects]), masks))
+    assert [evaluate(preset, test, found)[kind]["AP"] for kind in ("box", "mask")] == pytest.approx([100, 100])
+
+
+def test_a_set_without_objects_measures_nothing(copy):
+    change(copy, lambda c: c["annotations"].clear(), "val2017")
+    with pytest.raises(DataError, match="No image of val2017 in .* has an object to measure with"):
+        read(DETECTION_PRESETS["coco_fpn_mini"], str(copy))
 
 
 def test_bad_files_are_named(copy):
