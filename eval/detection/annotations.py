@@ -60,11 +60,11 @@ def _has_area(box: np.ndarray, photo: Photo) -> bool:
 
 
 def checked_box(box: Iterable[float], height: int, width: int, where: str) -> np.ndarray:
-    """x0, y0, x1, y1 as float64 [4].  DataError for what cannot be a box of the image; one without area passes, COCO has some."""
+    """x0, y0, x1, y1 as float64 [4].  DataError for what cannot be a box of the image; an empty one passes, also on its border."""
     box = np.array(list(box), np.float64)
     if box.shape != (4,) or not np.isfinite(box).all() or (box[2:] < box[:2]).any():
         raise DataError(f"{where} has the box {box.tolist()}, which is not four finite numbers of a box. Correct the annotation.")
-    if (box[:2] >= (width, height)).any() or (box[2:] <= 0).any():
+    if (box[:2] > (width, height)).any() or (box[2:] < 0).any():
         raise DataError(
             f"{where} has the box {box.tolist()} (x0, y0, x1, y1), which is outside its image of {width} x {height} pixels. Correct the "
             f"annotation, or the image's size."

@@ -70,6 +70,13 @@ def test_what_cannot_be_learned_is_left_out(copy):
     assert [len(p.objects) for p in found.learnable(masks=True)] == [1, 2, 2]
 
 
+@pytest.mark.parametrize("box", [[90, 10, 0, 20], [5, 60, 20, 0], [0, 10, 0, 20], [-4, 10, 4, 20]])
+def test_an_empty_box_on_the_border_is_left_out(copy, box):
+    change(copy, lambda c: c["annotations"][0].update(bbox=box))
+    found = read_coco(copy, "train2017")
+    assert len(found.photos[0].objects) == 2 and [len(p.objects) for p in found.learnable(masks=True)] == [1, 2, 2, 2]
+
+
 @pytest.mark.parametrize(
     "edit, said",
     [
