@@ -37,7 +37,7 @@ class Exported:
     arch: str
     """A name of fastssl.models.backbones."""
     origin: dict[str, str]
-    """preset, step and network, where known: written wherever the format has room for it."""
+    """preset, step, network and method, where known: written wherever the format has room for it."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     """Of the images that it was trained on."""
@@ -116,7 +116,8 @@ def torch_file(contents: Callable[[Exported], dict]) -> Callable[[Exported, Path
 
 
 def write_safetensors(e: Exported, out: Path) -> None:
-    save_file(e.state, out, metadata={"arch": e.arch, **e.origin})
+    normalisation = {name: " ".join(map(str, getattr(e, name))) for name in ("mean", "std")}
+    save_file(e.state, out, metadata={"arch": e.arch, **e.origin, **normalisation})
 
 
 def write_detectron2(e: Exported, out: Path) -> None:

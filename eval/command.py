@@ -76,7 +76,7 @@ class Subject:
     normalisation: Photometric
     """Its mean and std: of the images that the backbone was trained on."""
     origin: dict[str, object]
-    """For the result: checkpoint, arch, method, step, network, output_checksum, data."""
+    """For the result: checkpoint, arch, method, step, network, output_checksum, data, and mean and std of the images."""
     dropped: str
     """Weights of the file that were not used, in one line; "" for none."""
 
@@ -85,7 +85,7 @@ class Subject:
         return str(self.origin["network"])
 
     def __str__(self) -> str:
-        known = {n: v for n, v in self.origin.items() if n not in ("checkpoint", "data") and v is not None}
+        known = {n: v for n in (*ORIGIN, "output_checksum") if (v := self.origin.get(n)) is not None}
         shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in known.items())
         return f"{self.origin['checkpoint']} ({shown}) on {self.origin['data']}" + (f"\nnot used: {self.dropped}" if self.dropped else "")
 
@@ -94,8 +94,8 @@ def open_subject(args: BackboneArgs, dist: Dist) -> Subject:
     """CheckpointError for weights that cannot be used."""
     backbone, about = load_backbone(args.checkpoint, network=args.network, arch=args.arch)
     origin = {"checkpoint": args.checkpoint} | {name: about[name] for name in ORIGIN}
-    origin |= {"output_checksum": output_checksum(backbone), "data": args.data}
     norm = Photometric(**(about["normalisation"] or {}))
+    origin |= {"output_checksum": output_checksum(backbone), "data": args.data, "mean": list(norm.mean), "std": list(norm.std)}
     return Subject(backbone.to(dist.device, memory_format=torch.channels_last), norm, origin, left_out(about["dropped"]))
 
 

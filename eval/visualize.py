@@ -128,7 +128,8 @@ def open_subject(args: Args) -> tuple[Subject, str, RunConfig | None]:
         backbone, about = load_backbone(name, network=args.network or "online")
         if not isinstance(backbone, ViT):
             raise CheckpointError(f"{name} is a {about['arch']} by itself, which makes no maps. What can be drawn: {DRAWN}.")
-        return ClsAttention(backbone, centre_crop(args.size, EvalConfig(), Photometric())), f"{about['arch']}, {about['source']}", None
+        crop = centre_crop(args.size, EvalConfig(), Photometric(**(about["normalisation"] or {})))
+        return ClsAttention(backbone, crop), f"{about['arch']}, {about['source']}", None
     cfg = saved_config(saved, name)
     kind, arch = METHODS[cfg.method.name], cfg.model.arch
     if kind not in (SCFS, LEWEL, LEWELM) and arch not in (*VITS, *MOCOV3_VITS):

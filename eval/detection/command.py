@@ -13,7 +13,7 @@ import torchvision
 from eval.command import ORIGIN, main
 from eval.detection.annotations import DetectionSet, Photo
 from eval.detection.coco import read_coco, with_masks
-from eval.detection.data import TrainingPhotos
+from eval.detection.data import MEAN, STD, TrainingPhotos
 from eval.detection.model import detector_from_backbone
 from eval.detection.presets import DETECTION_PRESETS, DetectionPreset, changed
 from eval.detection.results import Found, coco_ap, detect
@@ -213,7 +213,8 @@ def run(args: Args, dist: Dist) -> None:
     result = measure(backbone.state_dict(), args.data, preset, dist=dist, about=about, **options)
     number = " / ".join(f"{result[kind]['AP']:.2f}" for kind in ("box", "mask") if kind in result)
     lines = [*summary(result), table_line(origin, f"{result['run_as']}, AP", number)]
-    publish({**origin, "data": args.data, "seed": args.seed, **about, **result}, lines, out, dist)
+    normalisation = {name: [round(level / 255, 6) for level in levels] for name, levels in (("mean", MEAN), ("std", STD))}
+    publish({**origin, "data": args.data, **normalisation, "seed": args.seed, **about, **result}, lines, out, dist)
 
 
 def command(argv: Sequence[str] | None = None) -> None:

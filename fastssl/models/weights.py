@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,10 @@ KNOWN = (
     ".pth or .safetensors), a checkpoint that DINO, iBOT, SERE, SCFS, LEWEL, BYOL-EMAN, SFRIK, VICReg, W2SSL, MoCo v2 or v3 or MAE "
     "wrote, or random:ARCH[:SEED]"
 )
+
+
+HUB = ("model.safetensors", "pytorch_model.bin")
+"""Weights beside a config.json that timm or an export of ours wrote."""
 
 
 def load_backbone(checkpoint: str, *, arch: str | None = None, network: Network = "auto") -> tuple[Backbone, dict[str, object]]:
@@ -80,7 +85,7 @@ def _read(path: Path) -> tuple[dict, dict]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as f:
-                return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+                return {name: f.get_tensor(name) for name in f.keys()}, (f.metadata() or {}) | _hub(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # many projects save their arguments beside the weights
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
@@ -90,7 +95,21 @@ def _read(path: Path) -> tuple[dict, dict]:
         ) from error
     if not isinstance(saved, dict):
         raise CheckpointError(f"{path} holds a {type(saved).__name__}, not weights by name. Give {KNOWN}.")
-    return saved, {}
+    return saved, _hub(path)
+
+
+def _hub(path: Path) -> dict[str, str]:
+    """What the config.json of a folder for the Hugging Face hub says of the weights, as our metadata has it."""
+    config = path.with_name("config.json")
+    if path.name not in HUB or not config.is_file():
+        return {}
+    try:
+        said = json.loads(config.read_text())
+        images = said.get("pretrained_cfg", {})
+        normalisation = {name: " ".join(map(str, images[name])) for name in ("mean", "std") if name in images}
+        return normalisation | said.get("fastssl", {})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{config}, which belongs to {path}, cannot be read ({error}). Copy the folder again.") from error
 
 
 def _of_others(path: Path, saved: dict, network: Network, about: dict) -> dict[str, Tensor]:

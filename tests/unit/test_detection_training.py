@@ -161,4 +161,5 @@ def test_the_command_writes_its_result(data, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["protocol"] == "detection/coco_fpn_mini" and "iterations 1 instead of 60" in result["run_as"]
+    assert (result["mean"], result["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert result["run_as"] in done.stdout and "published: nothing" in done.stdout

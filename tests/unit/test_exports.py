@@ -143,9 +143,23 @@ def test_safetensors_load_here_again(runs, tmp_path):
     path = exported(runs, "vit_tiny_patch8_mocov3", "safetensors", tmp_path / "v.safetensors", network="online")
     backbone, about = load_backbone(str(path))
     assert (about["arch"], about["step"], about["preset"]) == ("vit_tiny_patch8_mocov3", 7, "dino_mini")
+    assert about["normalisation"] == {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
     expected = backbone_of("vit_tiny_patch8_mocov3", seed=1).state_dict()
     assert backbone.state_dict().keys() == expected.keys() == load_file(path).keys()
     assert all(torch.equal(t, expected[name]) for name, t in backbone.state_dict().items())
+
+
+def test_folders_for_the_hub_load_here_again(runs, tmp_path):
+    folder = exported(runs, "resnet18", "huggingface", tmp_path / "model")
+    backbone, about = load_backbone(str(folder / "model.safetensors"))
+    assert (about["arch"], about["step"], about["preset"], about["network"]) == ("resnet18", 7, "dino_mini", "target")
+    assert about["normalisation"] == {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+    (folder / "config.json").write_text('{"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}')  # as timm's
+    _, about = load_backbone(str(folder / "model.safetensors"))
+    assert (about["normalisation"]["std"], about["network"], about["step"]) == ((0.5, 0.5, 0.5), "online", None)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json, which belongs to .*Copy the folder again"):
+        load_backbone(str(folder / "model.safetensors"))
 
 
 def test_detectron2(runs, tmp_path):

@@ -184,7 +184,7 @@ def test_command_line_writes_protocol_and_numbers(photographs, tmp_path, capsys)
     assert result["knn1_top1"] == 100.0
     assert set(result) == {
         *("protocol", "run_as", "checkpoint", "data", "knn1_top1", "knn1_top5", "knn18_top1", "knn18_top5", "num_train", "num_val"),
-        *("arch", "method", "step", "network", "output_checksum", "resize", "crop", "interpolation", "kind", "dtype", "k"),
+        *("arch", "method", "step", "network", "output_checksum", "resize", "crop", "interpolation", "kind", "dtype", "k", "mean", "std"),
     }
     assert (result["protocol"], result["num_train"], result["num_val"], result["arch"], result["step"]) == (
         "knn/dino",
