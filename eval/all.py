@@ -161,7 +161,7 @@ def rows_done(folder: Path, of: Mapping[str, object]) -> dict[str, Row]:
     """Rows of an earlier call with the same settings; what is left of one with others is removed."""
     try:
         found = json.loads((folder / RESULT).read_text())
-        differs = [name for name, value in of.items() if found["of"][name] != value]
+        differs = [name for name, value in of.items() if found["of"].get(name) != value]  # earlier versions had no mean and std
         rows = {row["protocol"]: Row(**row) for row in found["rows"]}
     except FileNotFoundError:
         return {}
@@ -211,6 +211,7 @@ def run(args: Args, dist: Dist) -> None:
     found = chosen(commands(args, folder, *sizes, vit=hasattr(subject.backbone, "blocks")), args.only)
     of = {"weights": weights_digest(subject.backbone), "images": [train.num_samples, val.num_samples], "processes": dist.world}
     of |= {name: getattr(args, name) for name in ("data", "epochs", "resize", "crop")}
+    of |= {name: value and list(value) for name, value in (("mean", args.mean), ("std", args.std))}
     about, title = subject.origin, str(subject)
     del subject, train, val
     rows: dict[str, Row] = {}

@@ -36,6 +36,11 @@ class BackboneArgs:
     """Which network of a training checkpoint; auto: the one its method is evaluated by (DINO, SCFS: the target, that is the teacher)."""
     arch: str | None = None
     """The architecture that the checkpoint must have; default: what its weights fit."""
+    mean: tuple[float, float, float] | None = None
+    """Of the images as the backbone takes them, red, green, blue of 0 to 1; default: as the checkpoint says, or else ImageNet's.
+    timm's augreg ViTs have 0.5 0.5 0.5 here and in --std, and their state dicts do not say it."""
+    std: tuple[float, float, float] | None = None
+    """The same."""
     resize: int | None = None
     """Shorter side of the images to classify before the centre crop, pixels; default: the protocol's."""
     crop: int | None = None
@@ -76,7 +81,7 @@ class Subject:
     normalisation: Photometric
     """Its mean and std: of the images that the backbone was trained on."""
     origin: dict[str, object]
-    """For the result: checkpoint, arch, method, step, network, output_checksum, data, and mean and std of the images."""
+    """For the result: checkpoint, arch, method, step, network, output_checksum, data, mean and std of the images, and whence."""
     dropped: str
     """Weights of the file that were not used, in one line; "" for none."""
 
@@ -87,14 +92,21 @@ class Subject:
     def __str__(self) -> str:
         known = {n: v for n in (*ORIGIN, "output_checksum") if (v := self.origin.get(n)) is not None}
         shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in known.items())
-        return f"{self.origin['checkpoint']} ({shown}) on {self.origin['data']}" + (f"\nnot used: {self.dropped}" if self.dropped else "")
+        lines = [f"{self.origin['checkpoint']} ({shown}) on {self.origin['data']}"]
+        mean, std = (" ".join(f"{v:g}" for v in values) for values in (self.normalisation.mean, self.normalisation.std))
+        lines.append(f"images with mean {mean} and std {std}: {self.origin.get('normalisation')}")
+        return "\n".join([*lines, *([f"not used: {self.dropped}"] if self.dropped else [])])
 
 
 def open_subject(args: BackboneArgs, dist: Dist) -> Subject:
-    """CheckpointError for weights that cannot be used."""
+    """CheckpointError for weights that cannot be used, ConfigError for a normalisation that cannot be."""
+    if (args.mean is None) != (args.std is None) or min(args.std or [1]) <= 0:
+        raise ConfigError("--mean and --std go together, three numbers each, and those of --std are positive.")
     backbone, about = load_backbone(args.checkpoint, network=args.network, arch=args.arch)
     origin = {"checkpoint": args.checkpoint} | {name: about[name] for name in ORIGIN}
-    norm = Photometric(**(about["normalisation"] or {}))
+    given = None if args.mean is None else {"mean": args.mean, "std": args.std}
+    norm = Photometric(**(given or about["normalisation"] or {}))
+    origin["normalisation"] = "--mean and --std" if given else "the checkpoint's" if about["normalisation"] else "ImageNet's, it names none"
     origin |= {"output_checksum": output_checksum(backbone), "data": args.data, "mean": list(norm.mean), "std": list(norm.std)}
     return Subject(backbone.to(dist.device, memory_format=torch.channels_last), norm, origin, left_out(about["dropped"]))
 

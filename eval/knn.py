@@ -152,7 +152,7 @@ def run(args: Args, dist: Dist) -> None:
     recipe = args.recipe(subject, protocol)
     name = args.run_as(protocol, KNN_PROTOCOLS[args.protocol])
     out = result_path(args.checkpoint, args.out, args.protocol, subject.network, args.data, args.subset, args.queries)
-    check_same(out, data=args.data, run_as=name, k=list(protocol.k))
+    check_same(out, data=args.data, run_as=name, k=list(protocol.k), mean=subject.origin["mean"], std=subject.origin["std"])
     if args.picture is not None:
         check_writable(args.picture)
     parts = {name: args.parts[name] for name in protocol.splits}

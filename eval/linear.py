@@ -27,6 +27,7 @@ from fastssl.distributed import Dist
 from fastssl.models.features import Backbone
 from fastssl.models.resnet import ResNet
 from fastssl.precision import DTYPES, name_of
+from fastssl.views import Photometric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +86,13 @@ def measure(
     dtype: torch.dtype = torch.float32,
     quiet: bool = False,
     shared: SharedFeatures | None = None,
+    normalisation: Photometric | None = None,
     **reading,
 ) -> dict:
     """The protocol's result on `data_path`, of a backbone on `dist.device`; with `out`, OUT.head.pt and what resuming needs beside it.
 
-    shared: of evaluations of the same data; default: features are not kept.  reading: subset, queries, forward, backend, workers,
-    normalisation of `open_data`.  Accuracies in percent: top1 and top5 are those
+    shared: of evaluations of the same data; default: features are not kept.  normalisation: its mean and std, default ImageNet's.
+    reading: subset, queries, forward, backend, workers of `open_data`.  Accuracies in percent: top1 and top5 are those
     of the protocol's reported epoch; best_* the highest of all evaluations, each on its own.
     """
     backbone.requires_grad_(False)
@@ -104,7 +106,8 @@ def measure(
     kind = published if kind == "auto" else kind
     check_kind(backbone, kind)
     settings = protocol.settings(vit=vit, sweep=sweep)
-    data = open_data(data_path, protocol, dist=dist, dtype=dtype, seed=seed, **reading)
+    norm = normalisation or Photometric()
+    data = open_data(data_path, protocol, dist=dist, dtype=dtype, seed=seed, normalisation=norm, **reading)
     probe = Probe(backbone, protocol, settings, protocol.base_lr is not None, data, dist, kind, dtype, seed, shared or SharedFeatures(0))
     precision = name_of(dtype)
     parts = {name: reading.get(name, "") for name in ("subset", "queries")}
@@ -112,14 +115,15 @@ def measure(
     run_as = protocol.run_as(**named)
     identity = {"protocol": run_as, "settings": [asdict(s) for s in settings], "weights": probe.digest, "kind": kind}
     identity |= {"data": data_path, "dtype": precision, "seed": seed, "images": data.train.num_samples, "classes": data.num_classes}
-    check_same(out, data=data_path, run_as=run_as, seed=seed, sweep=sweep)
+    identity |= {"mean": norm.mean, "std": norm.std}
+    check_same(out, data=data_path, run_as=run_as, seed=seed, sweep=sweep, mean=list(norm.mean), std=list(norm.std))
     state_file = out and side_file(out, "state")
     probe.run(state_file, identity, print if dist.is_main and not quiet else lambda line: None)
     if out is not None:
         head = side_file(out, "head")
         with together(dist, head):
             if dist.is_main:
-                save_heads(head, probe, run_as)
+                save_heads(head, probe, run_as, norm)
     probe.forget(state_file)
     how = {"dtype": precision, **parts, "sweep": sweep, "seed": seed}
     return {"protocol": protocol.name, "run_as": run_as} | summary(probe) | how
@@ -162,7 +166,7 @@ def _last_and_best(probe: Probe, k: int) -> dict:
 # ------------------------------------------------------------------------------------------------ command line
 
 
-HONOURED = ("checkpoint", "data", "queries", "network", "arch", "forward", "loader", "workers", "eval_only", "head", "out")
+HONOURED = ("checkpoint", "data", "queries", "network", "arch", "mean", "std", "forward", "loader", "workers", "eval_only", "head", "out")
 """Flags that a saved head leaves open."""
 
 

@@ -161,7 +161,7 @@ def run(args: Args, dist: Dist) -> None:
     recipe, folder = args.recipe(subject, protocol), features_folder(args, subject)
     name = args.run_as(protocol, LogisticRegression())
     out = result_path(args.checkpoint, args.out, args.protocol, subject.network, args.data, args.subset, args.queries, seed=args.seed)
-    check_same(out, data=args.data, run_as=name, seed=args.seed)
+    check_same(out, data=args.data, run_as=name, seed=args.seed, mean=subject.origin["mean"], std=subject.origin["std"])
     found = take(
         args, subject, recipe, dist, args.parts, folder=folder, check=lambda parts: checked_classes(parts["train"], parts["val"], args.data)
     )

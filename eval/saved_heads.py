@@ -23,13 +23,14 @@ from loaders.build import build_eval_loader
 from loaders.errors import DataError
 
 
-def save_heads(path: Path, probe: Probe, run_as: str) -> None:
+def save_heads(path: Path, probe: Probe, run_as: str, normalisation: Photometric) -> None:
     """The published setting's classifier and the best of all, and what they are of; readable with torch.load(weights_only=True)."""
     protocol, kept = probe.protocol, [probe.kept[what] for what in (PUBLISHED, BEST) if what in probe.kept]
     about = [{"what": k.what, "epoch": k.epoch, "top1": k.top1} | asdict(probe.settings[k.setting]) for k in kept]
     classes = probe.data.train.classes
     saved = {"format": FORMAT, "protocol": protocol.name, "run_as": run_as, "kind": probe.kind, "weights": probe.digest}
     saved |= {"crop": protocol.crop, "resize": protocol.resize, "interpolation": protocol.interpolation, "dtype": probe.dtype}
+    saved |= {"mean": normalisation.mean, "std": normalisation.std}
     saved |= {"classes": None if classes is None else list(classes), "about": about}
     atomic_save(saved | {name: torch.stack([getattr(k, name) for k in kept]) for name in ("weight", "bias")}, path)
 
@@ -58,6 +59,9 @@ def measure_saved(
         raise CheckpointError(
             f"{path} was trained on another backbone than this one. Give the checkpoint (and --network) it was trained on."
         )
+    if any(saved.get(name, ours := getattr(normalisation, name)) != ours for name in ("mean", "std")):
+        flags = " ".join(f"--{name} {' '.join(map(str, saved[name]))}" for name in ("mean", "std"))
+        raise CheckpointError(f"{path} was trained on images of another mean and std. Give {flags}.")
     run_as = f"{saved['run_as']}, head of {path}" + (f", queries {queries}" if queries else "")
     check_same(out, data=data_path, run_as=run_as)
     crop = CenterCrop(size=saved["crop"], resize=saved["resize"], interpolation=saved["interpolation"])

@@ -72,7 +72,7 @@ def measure(
     identity = {"protocol": asdict(protocol), "weights": tuning.digest, "data": data_path, "dtype": dtype, "seed": seed}
     identity |= {"images": data.train.num_samples, "classes": data.num_classes, "passes": data.passes, "processes": dist.world}
     identity |= {"mean": norm.mean, "std": norm.std, "queries": queries}
-    check_same(out, data=data_path, run_as=run_as, seed=seed)
+    check_same(out, data=data_path, run_as=run_as, seed=seed, mean=list(norm.mean), std=list(norm.std))
     state_file = out and side_file(out, "state")
     tuning.run(state_file, identity, print if dist.is_main and not quiet else lambda line: None)
     if out is not None:

@@ -42,6 +42,10 @@ class Args:
     """Which network of a training checkpoint; auto: the one its method is evaluated by (DINO, SCFS: the target, that is the teacher)."""
     arch: str | None = None
     """The architecture that the checkpoint must have; default: what its weights fit."""
+    mean: tuple[float, float, float] | None = None
+    """Of the images as the backbone takes them, red, green, blue of 0 to 1; default: as the checkpoint says, or else ImageNet's."""
+    std: tuple[float, float, float] | None = None
+    """The same."""
     steps: int | None = None
     """Fewer iterations: the schedule is compressed, and the result named with them."""
     epochs: int | None = None
@@ -116,7 +120,7 @@ def measure(
     run = Segmentation(backbone, protocol, data, dist, DTYPES[dtype], norm, seed, workers)
     identity = {"protocol": asdict(protocol), "weights": run.digest, "data": source, "images": len(data.train), "classes": data.classes}
     identity |= {"dtype": dtype, "seed": seed, "mean": norm.mean, "std": norm.std, "processes": dist.world}
-    check_same(out, data=source, run_as=run_as, seed=seed)
+    check_same(out, data=source, run_as=run_as, seed=seed, mean=list(norm.mean), std=list(norm.std))
     state_file = out and side_file(out, "state")
     run.run(state_file, identity, (lambda line: print(line, flush=True)) if dist.is_main and not quiet else lambda line: None)
     scores = run.evaluate().result()

@@ -184,7 +184,8 @@ def test_command_line_writes_protocol_and_numbers(photographs, tmp_path, capsys)
     assert result["knn1_top1"] == 100.0
     assert set(result) == {
         *("protocol", "run_as", "checkpoint", "data", "knn1_top1", "knn1_top5", "knn18_top1", "knn18_top5", "num_train", "num_val"),
-        *("arch", "method", "step", "network", "output_checksum", "resize", "crop", "interpolation", "kind", "dtype", "k", "mean", "std"),
+        *("arch", "method", "step", "network", "output_checksum", "resize", "crop", "interpolation", "kind", "dtype", "k"),
+        *("mean", "std", "normalisation"),
     }
     assert (result["protocol"], result["num_train"], result["num_val"], result["arch"], result["step"]) == (
         "knn/dino",
@@ -195,6 +196,23 @@ def test_command_line_writes_protocol_and_numbers(photographs, tmp_path, capsys)
     )
     assert (result["resize"], result["crop"], result["interpolation"]) == (72, 64, "bicubic")
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_the_normalisation_is_shown_and_can_be_set(photographs, tmp_path, capsys):
+    flags = ("--checkpoint", "random:resnet18:1", "--data", photographs, "--k", 1, *SMALL, "--out", tmp_path / "r.json")
+    half = ("0.5", "0.5", "0.5")
+    code, shown, _ = call(capsys, *flags)
+    assert code == 0 and "mean 0.485 0.456 0.406 and std 0.229 0.224 0.225: ImageNet's, it names none" in shown
+    code, _, err = call(capsys, *flags, "--mean", *half, "--std", *half)
+    assert code == 1 and "mean was [0.485, 0.456, 0.406] and is [0.5, 0.5, 0.5]" in err
+    flags = (*flags[:-1], tmp_path / "half.json")
+    code, shown, _ = call(capsys, *flags, "--mean", *half, "--std", *half)
+    assert code == 0 and "mean 0.5 0.5 0.5 and std 0.5 0.5 0.5: --mean and --std" in shown
+    result = json.loads((tmp_path / "half.json").read_text())
+    assert (result["mean"], result["std"], result["normalisation"]) == ([0.5] * 3, [0.5] * 3, "--mean and --std")
+    for wrong in (("--mean", *half), ("--mean", *half, "--std", "0.5", "0", "0.5")):
+        code, _, err = call(capsys, *flags, *wrong)
+        assert code == 1 and "go together" in err
 
 
 def test_part_of_the_training_set_as_bank(photographs, tmp_path, capsys):

@@ -240,6 +240,9 @@ def test_command_line(class_folders, tmp_path, capsys):
     assert repeated["best_of_sweep"]["top1"] == result["best_of_sweep"]["top1"]
     shown, error = call(capsys, *again, "--queries", "first:2")
     assert error == "" and json.loads((tmp_path / f"r.{class_folders.name}.first-2-only.json").read_text())["num_val"] == 6
+    half = ("0.5", "0.5", "0.5")
+    _, error = call(capsys, *again, "--mean", *half, "--std", *half)
+    assert "another mean and std. Give --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225" in error
     _, error = call(capsys, "--checkpoint", "random:resnet18:2", *again[2:])
     assert "trained on another backbone" in error
     _, error = call(capsys, *again[:-1], "nowhere.head.pt")
