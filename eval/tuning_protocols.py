@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from eval.linear_protocols import LARGE
 from eval.results import run_as
 from fastssl.config import ConfigError
 from fastssl.optim.schedules import epoch_cosine, step_decay, timm_cosine, warmup_cosine, warmup_from_zero_cosine
@@ -109,8 +108,9 @@ class TuningProtocol:
         return replace(self, epochs=epochs, warmup_epochs=self.warmup_epochs * part, milestones=milestones)
 
     def of_width(self, width: int) -> TuningProtocol:
-        """For a backbone with so many features: some differ for ViT-B."""
-        return replace(self, **OF_BASE.get(self.name, {})) if width >= LARGE else self
+        """For a backbone with so many features: some differ for ViT-B and ViT-L."""
+        given = [values for least, values in OF_WIDTH.get(self.name, {}).items() if width >= least]
+        return replace(self, **given[-1]) if given else self
 
     def run_as(self, width: int, **more: str) -> str:
         """The name, what differs from the published settings, and `more`: "finetune/mae, 5 of 100 epochs"."""
@@ -180,7 +180,7 @@ TUNING_PROTOCOLS = {
             **_ADAMW,
             **_STRONG,
         ),
-        # methods/ibot.md 10: BEiT's recipe; the authors sweep the lr.  ViT-S here, ViT-B in OF_BASE.
+        # methods/ibot.md 10: BEiT's recipe; the authors sweep the lr.  ViT-S here, ViT-B and ViT-L in OF_WIDTH.
         TuningProtocol(
             name="finetune/ibot",
             epochs=200,
@@ -208,4 +208,10 @@ TUNING_PROTOCOLS = {
 }
 """transfer/mocov3 alone has the values of CIFAR-10."""
 
-OF_BASE = {"finetune/ibot": {"epochs": 100, "drop_path": 0.2, "layer_decay": 0.65}}
+OF_WIDTH = {
+    "finetune/ibot": {
+        768: {"epochs": 100, "drop_path": 0.2, "layer_decay": 0.65},
+        1024: {"epochs": 50, "drop_path": 0.4, "warmup_epochs": 5},
+    }
+}
+"""What differs for backbones from so many features on, ascending."""

@@ -69,11 +69,14 @@ def test_published_values(name, values):
         assert shared == (3e-4, 512, 1024, 100, 3, 1)
 
 
-def test_vit_b_of_ibot():
+def test_vit_b_and_vit_l_of_ibot():
     base = TUNING_PROTOCOLS["finetune/ibot"].of_width(768)
     assert (base.epochs, base.drop_path, base.layer_decay) == (100, 0.2, 0.65)
     assert base.run_as(768) == "finetune/ibot"
     assert changed(base, epochs=5).run_as(768) == "finetune/ibot, 5 of 100 epochs"
+    large = TUNING_PROTOCOLS["finetune/ibot"].of_width(1024)
+    assert (large.epochs, large.drop_path, large.layer_decay, large.warmup_epochs) == (50, 0.4, 0.75, 5)
+    assert large.run_as(1024) == "finetune/ibot" and TUNING_PROTOCOLS["finetune/mae"].of_width(1024).run_as(1024) == "finetune/mae"
 
 
 def test_learning_rates():
