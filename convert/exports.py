@@ -128,7 +128,7 @@ def timm_config(e: Exported) -> dict[str, object]:
     """config.json of a timm model on the Hugging Face hub: which model to build, and how its images are prepared."""
     size, options = e.image_size, {}
     if e.family in ("vit", "scaled_vit"):
-        name = {192: "tiny", 384: "small", 768: "base"}[e.backbone.num_features]
+        name = {192: "tiny", 384: "small", 768: "base", 1024: "large"}[e.backbone.num_features]
         architecture, first = f"vit_{name}_patch16_224", "patch_embed.proj"
         options = {"img_size": size, "patch_size": e.backbone.patch_size, "num_heads": e.backbone.num_heads}
         options |= {"init_values": 1.0} if e.family == "scaled_vit" else {}  # what the loaded factors replace

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from convert.checkpoint import Args, FormatName, export, main
-from convert.exports import FORMATS
+from convert.exports import FORMATS, Exported, timm_config
 from fastssl.checkpoint import FORMAT, CheckpointError
 from fastssl.models import keymaps
-from fastssl.models.backbones import build_backbone
+from fastssl.models.backbones import ARCHITECTURES, build_backbone
 from fastssl.models.features import Backbone
 from fastssl.models.weights import load_backbone
 
@@ -115,6 +115,19 @@ def test_timm_opens_the_folder(runs, tmp_path, arch):
         "network": "target",
     }
     assert timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}"))["std"] == [0.2, 0.3, 0.4]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_hub_has_every_architecture(arch):
+    """Of those that timm has; the names and shapes of its network are ours."""
+    with torch.device("meta"):
+        e = Exported(build_backbone(arch), arch, {})
+        if e.family not in FORMATS["huggingface"].families:
+            assert arch.startswith("vit_conv_")
+            return
+        config = timm_config(e)
+        theirs = timm.create_model(config["architecture"], num_classes=0, **config["model_args"]).state_dict()
+    assert {name: t.shape for name, t in theirs.items()} == {name: t.shape for name, t in e.state.items()}
 
 
 @torch.no_grad()
