@@ -135,9 +135,9 @@ def at_hand(bank: Bank, device: torch.device) -> Bank:
     return Bank(bank.features.to(device), bank.labels.to(device), bank.index)
 
 
-def trained(found: Mapping[str, Part], protocol: LogisticRegression, args: Args, device: torch.device) -> dict[str, object]:
-    """The numbers, percent.  ConfigError when the regression diverges."""
-    train, val = (at_hand(found[name].store.bank(), device) for name in ("train", "val"))
+def trained(found: Mapping[str, Part], protocol: LogisticRegression, args: Args, dist: Dist) -> dict[str, object]:
+    """The numbers, percent; the other ranks are at a barrier after each epoch.  ConfigError when the regression diverges."""
+    train, val = (at_hand(found[name].store.bank(), dist.device) for name in ("train", "val"))
     loaders = {name: part.loader for name, part in found.items()}
     head = new_head(train.features.shape[1], checked_classes(loaders["train"], loaders["val"], args.data), protocol, args.seed)
     with tqdm(total=protocol.epochs, unit="epoch", leave=False, disable=not sys.stderr.isatty()) as bar:
@@ -145,8 +145,9 @@ def trained(found: Mapping[str, Part], protocol: LogisticRegression, args: Args,
         def after(epoch: Epoch) -> None:
             bar.update()
             bar.set_postfix_str(f"loss {epoch.loss:.3f}, top-1 {epoch.val.top1[0]:.2f} %")
+            dist.barrier()
 
-        epochs = fit(head.to(device), train, val, protocol, after)
+        epochs = fit(head.to(dist.device), train, val, protocol, after)
     top1, top5 = ([top[0] for top in tops] for tops in zip(*((e.val.top1, e.val.top5) for e in epochs), strict=True))
     best = int(np.argmax(top1))
     if not math.isfinite(epochs[-1].loss):
@@ -168,7 +169,10 @@ def run(args: Args, dist: Dist) -> None:
     result, lines = {}, []
     with together(dist, folder):
         if dist.is_main:
-            result = trained(found, protocol, args, dist.device)
+            result = trained(found, protocol, args, dist)
+        else:
+            for _ in range(protocol.epochs):  # a process group gives up where ranks wait for half an hour
+                dist.barrier()
     if dist.is_main:
         how = {n: getattr(protocol, n) for n in ("epochs", "batch", "lr", "weight_decay")} | {"seed": args.seed} | shown(args, recipe)
         sizes = {f"num_{part}": f.loader.num_samples for part, f in found.items()}

@@ -9,6 +9,7 @@ from eval import logreg
 from eval.features import Bank
 from eval.logreg import fit, new_head, order
 from eval.protocols import LogisticRegression
+from fastssl.distributed import Dist
 from fastssl.models.backbones import build_backbone
 
 
@@ -45,6 +46,19 @@ def test_protocol_settings():
     head = new_head(2000, 50, p)
     assert abs(float(head.weight.detach().std()) - 0.01) < 1e-4 and not head.bias.any()
     assert torch.equal(head.weight, new_head(2000, 50, p).weight)
+
+
+def test_ranks_meet_after_each_epoch(beton_data, tmp_path, monkeypatch):
+    """One rank trains; a process group gives up where the others wait too long."""
+    flags = {"data": str(beton_data), "forward": 16, "workers": 1, "resize": 36, "crop": 32, "features": tmp_path / "features"}
+    met = []
+    monkeypatch.setattr(Dist, "barrier", lambda self: met.append(self.rank))
+    for rank in (0, 0, 1):  # the first has features to extract
+        args = logreg.Args(checkpoint="random:resnet18", epochs=11, lr=0.05, out=tmp_path / f"{len(met)}.json", **flags)
+        logreg.run(args, Dist(rank, 1, rank, 1, torch.device("cpu")))
+        met.append(None)
+    _, main, other = "".join(str(r) if r is not None else "|" for r in met).split("|")[:3]
+    assert len(main) == len(other) >= 11
 
 
 def test_command_line(beton_data, tmp_path, capsys):
