@@ -30,6 +30,7 @@ from fastssl.precision import DTYPES
 from fastssl.views import CenterCrop, Interpolation, Photometric, View
 from loaders.build import EvalLoader, build_eval_loader
 from loaders.open import Backend
+from loaders.order import shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,8 @@ def banks(
     out = {}
     for name, loader in loaders.items():
         if folder is None:
-            out[name] = Part(extract(backbone, loader, **options, what=f"features of {name}"), loader, None)
+            mine = len(shard(loader.num_samples, dist.rank, dist.world))
+            out[name] = Part(extract(backbone, loader, **options, count=mine, what=f"features of {name}"), loader, None)
             continue
         store = Store(
             folder, "-".join(filter(None, parts[name])).replace(":", "-").replace("/", "-"), manifest(of, data, parts[name], recipe, loader)

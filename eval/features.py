@@ -84,17 +84,23 @@ def extract(
     augment: Callable[[ImageBatch], Views],
     dtype: torch.dtype,
     *,
+    count: int,
     kind: str = "pooled",
     what: str = "features",
 ) -> Bank:
-    """Features of every image of this rank's `loader`.  Arguments as for `extracted`."""
-    parts = list(extracted(backbone, loader, augment, dtype, kind=kind, what=what))
-    if not parts:
-        device = next(backbone.parameters()).device
-        none = torch.empty(0, dtype=torch.int64, device=device)
-        return Bank(torch.empty(0, width(backbone, kind), device=device), none, none)
-    labels = None if parts[0].labels is None else torch.cat([part.labels for part in parts]).long()
-    return Bank(torch.cat([part.features for part in parts]), labels, torch.cat([part.index for part in parts]))
+    """Features of all `count` images of this rank's `loader`.  Further arguments as for `extracted`."""
+    device = next(backbone.parameters()).device
+    # filled in place: to join the batches at the end would take the memory twice
+    features = torch.empty(count, width(backbone, kind), device=device)
+    labels, index = (torch.empty(count, dtype=torch.int64, device=device) for _ in range(2))
+    start, labelled = 0, True
+    for part in extracted(backbone, loader, augment, dtype, kind=kind, what=what):
+        rows = slice(start, start + len(part))
+        features[rows], index[rows], labelled = part.features, part.index, part.labels is not None
+        if labelled:
+            labels[rows] = part.labels
+        start = rows.stop
+    return Bank(features, labels if labelled else None, index)
 
 
 @torch.no_grad()

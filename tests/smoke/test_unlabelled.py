@@ -59,7 +59,7 @@ def test_evaluation(unlabelled: Path):
         evaluate(backbone, str(unlabelled), dist=ALONE, resize=32, crop=32, forward=4, workers=1)
     spec = center_crop(size=32, resize=36)
     loader = build_eval_loader(str(unlabelled), "val", spec, dist=ALONE, batch=5, workers=1)
-    bank = extract(backbone, loader, Augmenter(spec, device="cpu", dtype=torch.float32, seed=0), torch.float32)
+    bank = extract(backbone, loader, Augmenter(spec, device="cpu", dtype=torch.float32, seed=0), torch.float32, count=loader.num_samples)
     assert bank.labels is None and bank[3:7].labels is None
     assert bank.features.shape == (12, 512) and bank.index.tolist() == list(range(12))
 

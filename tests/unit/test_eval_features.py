@@ -1,3 +1,4 @@
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ def images_of(batch) -> Views:
 
 def test_extract_keeps_order_and_ids():
     backbone, _ = load_backbone("random:resnet18")
-    found = extract(backbone, batches(8, 8, 3), images_of, torch.float32)
+    found = extract(backbone, batches(8, 8, 3), images_of, torch.float32, count=19)
     assert found.index.tolist() == list(range(19)) and found.labels.tolist() == [10 * i for i in range(19)]
     assert found.features.shape == (19, 512) and found.features.dtype == torch.float32
     with torch.no_grad():
@@ -38,7 +39,7 @@ def test_extract_keeps_order_and_ids():
 
 def test_extract_of_a_transformer_is_its_class_token():
     backbone, _ = load_backbone("random:vit_tiny_patch16")
-    found = extract(backbone, batches(8, 3), images_of, torch.float32)
+    found = extract(backbone, batches(8, 3), images_of, torch.float32, count=11)
     with torch.no_grad():
         (images,) = images_of(SimpleNamespace(index=torch.arange(11))).per_view()
         tokens = backbone.embed(images)
@@ -51,13 +52,26 @@ def test_extract_casts_to_the_autocast_type():
     backbone, _ = load_backbone("random:resnet18")
     seen = []
     backbone.layer1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    assert extract(backbone, batches(4), images_of, torch.bfloat16).features.dtype == torch.float32
-    extract(backbone, batches(4), images_of, torch.float32)
+    assert extract(backbone, batches(4), images_of, torch.bfloat16, count=4).features.dtype == torch.float32
+    extract(backbone, batches(4), images_of, torch.float32, count=4)
     assert seen == [torch.bfloat16, torch.float32]
 
 
+def test_extract_holds_the_features_once():
+    """Each batch's are gone when the next are there."""
+    backbone, alive = load_backbone("random:resnet18")[0], []
+
+    def counted():
+        for batch in batches(*[4] * 5):
+            alive.append(sum(t.shape == (4, 512) for t in gc.get_objects() if type(t) is torch.Tensor))
+            yield batch
+
+    assert len(extract(backbone, counted(), images_of, torch.float32, count=20)) == 20
+    assert max(alive) == 1
+
+
 def test_extract_of_an_empty_share():
-    found = extract(load_backbone("random:resnet18")[0], batches(), images_of, torch.float32)
+    found = extract(load_backbone("random:resnet18")[0], batches(), images_of, torch.float32, count=0)
     assert found.features.shape == (0, 512) and len(found) == 0
 
 
@@ -70,5 +84,5 @@ def test_modes_come_back_after_an_error():
         raise RuntimeError("disk")
 
     with pytest.raises(RuntimeError, match="disk"):
-        extract(backbone, broken(), images_of, torch.float32)
+        extract(backbone, broken(), images_of, torch.float32, count=4)
     assert backbone.training and backbone.layer1.training and not backbone.bn1.training
