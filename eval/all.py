@@ -204,7 +204,7 @@ def run(args: Args, dist: Dist) -> None:
     folder = args.out or beside(args.checkpoint, subject.network, data_name(args.data), "evaluations")
     if folder is None:
         raise ConfigError("A random backbone has no place beside it for results: say where they go with --out DIR.")
-    check_writable(folder)
+    check_writable(folder / RESULT if folder.is_dir() else folder)
     reading = {"dist": dist, "batch": 1, "backend": args.loader, "workers": args.workers}
     train, val = (build_eval_loader(args.data, split, center_crop(), **reading) for split in ("train", "val"))
     sizes = (train.labels, val.labels, checked_classes(train, val, args.data))

@@ -116,7 +116,7 @@ class Epochs:
     def run(self, state_file: Path | None, identity: dict[str, object], say: Callable[[str], None]) -> None:
         """Train the epochs that are left; after each the state is saved, atomically.
 
-        state_file   where; None: nowhere.  It stays until `forget`: what comes of the training is not written yet
+        state_file   where; None: nowhere.  It stays until `publish`: what comes of the training is not written yet
         identity     what must be equal for a saved state to be continued
 
         ConfigError for the state of another evaluation, and where it cannot be written.
@@ -135,12 +135,6 @@ class Epochs:
                 self._save(state_file, identity)
             say(self.line(record))
         self.check()
-
-    def forget(self, state_file: Path | None) -> None:
-        """Remove the state of a training whose classifier is written."""
-        self.dist.barrier()  # before the file goes, every rank has read it
-        if state_file is not None and self.dist.is_main:
-            state_file.unlink(missing_ok=True)
 
     def _save(self, path: Path, identity: dict[str, object]) -> None:
         with together(self.dist, path):

@@ -89,7 +89,8 @@ def measure(
     normalisation: Photometric | None = None,
     **reading,
 ) -> dict:
-    """The protocol's result on `data_path`, of a backbone on `dist.device`; with `out`, OUT.head.pt and what resuming needs beside it.
+    """The protocol's result on `data_path`, of a backbone on `dist.device`; with `out`, OUT.head.pt and, until `publish`, what
+    resuming needs beside it.
 
     shared: of evaluations of the same data; default: features are not kept.  normalisation: its mean and std, default ImageNet's.
     reading: subset, queries, forward, backend, workers of `open_data`.  Accuracies in percent: top1 and top5 are those
@@ -124,7 +125,6 @@ def measure(
         with together(dist, head):
             if dist.is_main:
                 save_heads(head, probe, run_as, norm)
-    probe.forget(state_file)
     how = {"dtype": precision, **parts, "sweep": sweep, "seed": seed}
     return {"protocol": protocol.name, "run_as": run_as} | summary(probe) | how
 
@@ -208,7 +208,7 @@ def run(args: Args, dist: Dist, shared: SharedFeatures | None = None) -> None:
         options = {"kind": args.kind, "sweep": args.sweep, "seed": args.seed, "dtype": DTYPES[args.dtype], "out": out, "shared": shared}
         result = measure(subject.backbone, args.data, protocol, dist=dist, subset=args.subset, **options, **reading)
     result = subject.origin | result
-    publish(result, report(result), out, dist)
+    publish(result, report(result), out, dist, trained=not args.eval_only)
 
 
 def report(result: dict) -> list[str]:

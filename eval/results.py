@@ -91,6 +91,9 @@ def check_same(out: Path | None, *, data: str, **of: object) -> None:
 
 
 def check_writable(out: Path) -> None:
+    """ConfigError unless a file can be written there."""
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder, and the result a file. Choose one with --out FILE.json.")
     if not os.access(out.parent, os.W_OK):
         raise ConfigError(
             f"The result cannot be written to {out}: its folder is missing or read-only. Choose another with --out FILE.json."
@@ -127,11 +130,16 @@ def write_result(path: Path, result: dict) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def publish(result: dict, lines: Sequence[str], out: Path | None, dist: Dist) -> None:
-    """Write the result to `out` (None: nowhere) and print the lines, on rank 0: the other ranks' arguments are not looked at."""
+def publish(result: dict, lines: Sequence[str], out: Path | None, dist: Dist, *, trained: bool = False) -> None:
+    """Write the result to `out` (None: nowhere) and print the lines, on rank 0: the other ranks' arguments are not looked at.
+
+    trained: by an evaluation that can be continued.  What that needs is removed, now that the result is there
+    """
     if out is not None:
         with together(dist, out):
             if dist.is_main:
                 write_result(out, result)
+                if trained:
+                    side_file(out, "state").unlink(missing_ok=True)
     if dist.is_main:
         print(*lines, *([f"written to {out}"] if out is not None else []), sep="\n")

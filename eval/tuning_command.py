@@ -57,7 +57,7 @@ def measure(
 ) -> dict:
     """The protocol's result on `data_path`.  The backbone is trained; give a copy of one that is needed.
 
-    out       OUT.model.pt is the classifier after the last epoch, and what resuming needs is beside it
+    out       OUT.model.pt is the classifier after the last epoch, and what resuming needs is beside it until `publish`
     reading   queries, forward, backend, workers of `open_data`
 
     Accuracies in percent: top1 and top5 are those of the best evaluation, last_* of the last epoch.
@@ -82,7 +82,6 @@ def measure(
         with together(dist, model):
             if dist.is_main:
                 atomic_save(saved | {"model": tuning.model.weights()}, model)
-    tuning.forget(state_file)
     return summary(tuning, run_as, dtype) | {"queries": queries, "seed": seed}
 
 
@@ -116,4 +115,4 @@ def run(args: TuningArgs, dist: Dist) -> None:
         f"last epoch {result['last_top1']:.2f} %, top-5 {result['last_top5']:.2f} %",
         table_line(result, run_as, f"{result['top1']:.2f}"),
     ]
-    publish(result, lines, out, dist)
+    publish(result, lines, out, dist, trained=True)

@@ -139,7 +139,7 @@ def measure(
 ) -> dict:
     """Train and measure a detector by `preset`; the result for the JSON.  Every rank calls it.
 
-    out      OUT.model.pt is the detector, and what resuming needs is beside it until it is measured
+    out      OUT.model.pt is the detector, and what resuming needs is beside it until `publish`
     about    what else must be equal for a saved state to be continued
     """
     batch, threads = rank_batch(preset, dist.world), decoder_threads(workers, dist)
@@ -170,8 +170,6 @@ def measure(
             if dist.is_main:
                 draw(picture, test, found, title=preset.run_as)
     scores = dist.broadcast_object(evaluate(preset, test, found) if dist.is_main else None)
-    if state_file is not None and dist.is_main:  # every rank has read it: all have sent what they found
-        state_file.unlink(missing_ok=True)
     result = {"protocol": f"detection/{preset.name}", "run_as": preset.run_as, **scores, "evaluated": "last iteration"}
     result |= {"num_train": len(photos), "num_val": len(test.photos), "num_found": sum(len(f.scores) for f in found)}
     return result | {"settings": asdict(preset), "torchvision": torchvision.__version__, "curve": training.curve}
@@ -214,7 +212,7 @@ def run(args: Args, dist: Dist) -> None:
     number = " / ".join(f"{result[kind]['AP']:.2f}" for kind in ("box", "mask") if kind in result)
     lines = [*summary(result), table_line(origin, f"{result['run_as']}, AP", number)]
     normalisation = {name: [round(level / 255, 6) for level in levels] for name, levels in (("mean", MEAN), ("std", STD))}
-    publish({**origin, "data": args.data, **normalisation, "seed": args.seed, **about, **result}, lines, out, dist)
+    publish({**origin, "data": args.data, **normalisation, "seed": args.seed, **about, **result}, lines, out, dist, trained=True)
 
 
 def command(argv: Sequence[str] | None = None) -> None:

@@ -106,7 +106,7 @@ def measure(
 ) -> dict:
     """The protocol's result on `data`.  The backbone is trained; give a copy of one that is needed.
 
-    out       OUT.model.pt is the segmenter after the last step, and what resuming needs is beside it
+    out       OUT.model.pt is the segmenter after the last step, and what resuming needs is beside it until `publish`
     picture   PNG of predictions
     source    where `data` are, for telling a continued run from another
 
@@ -138,7 +138,6 @@ def measure(
             if dist.is_main:
                 about = {"protocol": protocol.name, "run_as": run_as, "classes": data.classes, "names": data.names}
                 atomic_save(about | {"model": run.model.state_dict()}, model)
-                state_file.unlink(missing_ok=True)
     result |= {"num_train": len(data.train), "num_val": len(data.val), "processes": dist.world, "syncbn": "sync"}
     result |= {"weights": run.digest, "dtype": dtype, "seed": seed, "settings": asdict(protocol), "curve": [asdict(r) for r in run.history]}
     return result | {"iou": dict(zip(data.names or map(str, range(data.classes)), iou, strict=True))}
@@ -171,7 +170,7 @@ def run(args: Args, dist: Dist) -> None:
     result = subject.origin | measure(subject.backbone, data, protocol, dist=dist, **options) | {"versions": versions()}
     numbers = {name: f"{result[name]:.2f}" for name in ("mIoU", "mAcc", "aAcc", "F") if name in result}
     line = f"{result['run_as']}  {'  '.join(f'{name} {value} %' for name, value in numbers.items())}"
-    publish(result, [line, table_line(result, result["run_as"], numbers["mIoU"])], out, dist)
+    publish(result, [line, table_line(result, result["run_as"], numbers["mIoU"])], out, dist, trained=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

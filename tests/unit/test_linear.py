@@ -16,6 +16,7 @@ from eval.heads import Heads
 from eval.labels import checked_classes
 from eval.linear_protocols import LINEAR_PROTOCOLS, Setting, changed
 from eval.probe import micro_batches
+from eval.results import publish
 from fastssl.checkpoint import CheckpointError
 from fastssl.config import ConfigError
 from fastssl.distributed import Dist
@@ -322,7 +323,9 @@ def test_an_interrupted_evaluation_goes_on(class_folders, tmp_path, monkeypatch)
     monkeypatch.setattr(epochs, "atomic_save", lambda *args: pytest.fail("trained again"))
     continued, other = measured(class_folders, out)
     assert continued == whole and torch.equal(head["weight"], other["weight"])
-    assert not out.with_suffix(".state.pt").exists()
+    assert out.with_suffix(".state.pt").exists()  # the JSON is not there yet
+    publish(continued, [], out, ALONE, trained=True)
+    assert out.exists() and not out.with_suffix(".state.pt").exists()
     out.with_suffix(".state.pt").write_bytes(b"cut short")
     with pytest.raises(CheckpointError, match="Delete it"):
         measured(class_folders, out)
@@ -396,6 +399,7 @@ def test_classes_that_differ_are_refused(class_folders, tmp_path, capsys):
         (("--base-lr", "-1"), "must be positive"),
         (("--eval-only", "--head", "nowhere.head.pt"), "leave --resize, --crop, --epochs, --batch out"),
         (("--out", "no-such-folder/x.json"), "cannot be written"),
+        (("--out", "/tmp"), "/tmp is a folder"),
     ],
 )
 def test_errors_are_one_paragraph(class_folders, capsys, flags, message):

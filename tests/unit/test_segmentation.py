@@ -318,7 +318,7 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(imagenets, tmp_path, monkeyp
     continued = run(tmp_path / "r.json")
     assert [r["step"] for r in continued["curve"]] == [1, 2, 3, 4, 5, 6]
     assert continued == unbroken
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.model.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.model.pt", "r.state.pt"]
 
 
 def test_command(voc, tmp_path, capsys):
@@ -341,5 +341,5 @@ def test_command(voc, tmp_path, capsys):
     result = json.loads(out.read_text())
     assert result["run_as"].startswith("voc/fcn-b, steps 2 instead of 30000, batch 4 instead of 16, lr 0.02 instead of 0.003, crop 32")
     assert 0 < result["mIoU"] < 100 and result["iou"]["cow"] is None
-    assert "mIoU" in capsys.readouterr().out
+    assert "mIoU" in capsys.readouterr().out and not (tmp_path / "r.state.pt").exists()
     assert Image.open(picture).size[1] > 3 * 160

@@ -219,7 +219,7 @@ def test_an_interrupted_evaluation_continues_exactly(name, class_folders, tmp_pa
     with pytest.raises(ConfigError, match="seed was 0 and is 1"):
         run_small(name, class_folders, out=tmp_path / "r.json", seed=1)
     assert run_small(name, class_folders, out=tmp_path / "r.json") == whole
-    assert [p.name for p in tmp_path.iterdir()] == ["r.model.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.model.pt", "r.state.pt"]
     saved = torch.load(tmp_path / "r.model.pt", weights_only=True)
     assert saved["classes"] == ["class0", "class1", "class2"]
 
@@ -270,6 +270,6 @@ def test_command_writes_the_result(class_folders, tmp_path, capsys):
     flags = ["--epochs", "1", "--batch", "8", "--crop", "32", "--resize", "36", "--subset", "random:4", "--workers", "1"]
     semi.main(["--checkpoint", "random:resnet18", "--data", str(class_folders), *flags, "--out", str(tmp_path / "r.json")])
     result = json.loads((tmp_path / "r.json").read_text())
-    assert result["protocol"] == "semi/lewel-1pct"
+    assert result["protocol"] == "semi/lewel-1pct" and sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "r.model.pt"]
     assert (result["num_train"], result["num_val"], len(result["per_class"])) == (12, 12, 3)
     assert "semi/lewel-1pct, 1 of 50 epochs, batch 8 instead of 256, subset random:4 instead of 1percent" in capsys.readouterr().out
