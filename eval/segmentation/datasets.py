@@ -62,13 +62,15 @@ class Annotated:
 
 
 def open_annotated(path: str, form: Format) -> Annotated:
-    """The data set at `path`.  DataError for what is missing, before anything is decoded but one pair of each split."""
+    """The data set at `path`.  DataError for what is missing, before anything is decoded but the first pairs of each split, up to one
+    with a pixel that counts."""
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"There is no folder {root}. Give the data set's folder with --data.")
     data = {"voc": _voc, "ade20k": _ade20k, "imagenets": _imagenets}[form](root)
-    for split in (data.train, data.val):
-        data.read(split[0])
+    for what, split in (("training", data.train), ("validation", data.val)):
+        if not any((data.read(pair)[1] != data.ignore).any() for pair in split):
+            raise DataError(f"No pixel of the labels for {what} in {root} counts: all are {data.ignore}. Complete the data set.")
     return data
 
 

@@ -226,6 +226,19 @@ def test_annotations_of_sbd_are_added(tmp_path):
 # ------------------------------------------------------------------------------------------------ models
 
 
+@pytest.mark.parametrize(("part", "what"), [("train", "training"), ("val", "validation")])
+def test_labels_of_which_none_counts_are_refused(tmp_path, part, what):
+    root = write_voc(tmp_path / "voc")
+    labels = sorted((root / "SegmentationClass").glob(f"{part}*.png"))
+    for path in reversed(labels):
+        open_annotated(str(root), "voc")
+        with Image.open(path) as label:
+            label.putdata([255] * (label.width * label.height))
+            label.save(path)
+    with pytest.raises(DataError, match=f"No pixel of the labels for {what} in .* counts: all are 255"):
+        open_annotated(str(root), "voc")
+
+
 def test_sliding_a_pointwise_network_is_the_whole_image():
     torch.manual_seed(0)
     x, pointwise = torch.randn(1, 3, 520, 680), torch.nn.Conv2d(3, 2, 1)
