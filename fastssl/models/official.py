@@ -77,7 +77,7 @@ def find_backbone(saved: Mapping, network: Network) -> Found | None:
 
 def is_state(value: object) -> bool:
     """Whether `value` is weights by name."""
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(n, str) and isinstance(v, Tensor) for n, v in value.items())
 
 
 def _not_of_backbone(name: str, prefix: str) -> str | None:

@@ -8,16 +8,15 @@ import json
 import math
 from functools import lru_cache
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from fastssl.checkpoint import FORMAT, CheckpointError
 from fastssl.models.backbones import ARCHITECTURES, MOCOV3_VITS, SWINS, VITS, build_backbone
 from fastssl.models.features import Backbone
-from fastssl.models.official import Network, find_backbone
+from fastssl.models.official import Network, find_backbone, is_state
 
 KNOWN = (
     "a run's checkpoint_last.pt or backbone.safetensors, a state dict of torchvision's ResNets and ViTs or timm's ViTs and Swins (.pt, "
@@ -49,6 +48,10 @@ def load_backbone(checkpoint: str, *, arch: str | None = None, network: Network 
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint at {path}. Give {KNOWN}.")
     saved, metadata = _read(path)
+    if not is_state(saved) and ("run_as" in saved or "identity" in saved):
+        what = f"what an evaluation made ({saved['run_as']})" if "run_as" in saved else "the state of an unfinished evaluation"
+        heads = ", and this file to eval.linear --eval-only --head" if "about" in saved else ""
+        raise CheckpointError(f"{path} is {what}, and no checkpoint of a backbone. Give the one that was evaluated{heads}.")
     if "format" in saved:
         state = _of_run(path, saved, network, about)
         named = saved["config"]["model"]["arch"]
@@ -88,7 +91,7 @@ def _read(path: Path) -> tuple[dict, dict]:
                 return {name: f.get_tensor(name) for name in f.keys()}, (f.metadata() or {}) | _hub(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # many projects save their arguments beside the weights
             saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
+    except Exception as error:  # damaged files of torch's old format give errors of any type
         raise CheckpointError(
             f"{path} cannot be read as weights ({str(error).splitlines()[0] if str(error) else type(error).__name__}): it is cut short, "
             f"or holds more than tensors and plain values. Give {KNOWN}."

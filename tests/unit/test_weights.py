@@ -140,6 +140,18 @@ class Foreign:
     pass
 
 
+def test_damaged_files_of_torchs_old_format(tmp_path):
+    """They end in errors of any type, struct.error, IndexError and AssertionError among them."""
+    whole, path = tmp_path / "whole.pt", tmp_path / "w.pt"
+    torch.save({"conv1.weight": torch.zeros(3), "epoch": [1, "two"]}, whole, _use_new_zipfile_serialization=False)
+    content = whole.read_bytes()
+    for place in range(0, len(content) - 1, 3):
+        for damaged in (content[:place], content[:place] + bytes([content[place] ^ 0x5A]) + content[place + 1 :]):
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError):
+                load_backbone(str(path))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -153,8 +165,12 @@ class Foreign:
         (weights(0) | {"conv1.weight": torch.zeros(64, 3, 3, 3)}, r"1 of another shape \(conv1.weight\)"),
         (weights(0) | {"conv1.weight": torch.full((64, 3, 7, 7), float("nan"))}, "not finite"),
         (run_checkpoint(format="fastssl-0"), "format fastssl-0"),
+        ({"format": "fastssl-linear-2", "run_as": "linear/dino", "about": []}, r"evaluation made \(linear/dino\).*--head"),
+        ({"protocol": "voc/fcn-a", "run_as": "voc/fcn-a", "model": weights(0)}, "Give the one that was evaluated[.]"),
+        ({0: torch.zeros(1)}, "holds a dictionary of 0, not weights by name"),
+        ({"identity": {}, "step": 3, "model": weights(0)}, "the state of an unfinished evaluation"),
     ],
-    ids=["garbage", "empty", "pickle", "list", "nested", "incomplete", "surplus", "reshaped", "nan", "other-version"],
+    ids="garbage empty pickle list nested incomplete surplus reshaped nan other-version head model numbered state".split(),
 )
 def test_unusable_files_are_refused_in_one_paragraph(tmp_path, content, message):
     path = tmp_path / "file.pt"
