@@ -122,3 +122,5 @@ def main(args_type: type[A], run: Callable[[A, Dist], None], prog: str, argv: Se
             run(args, dist)
     except (CheckpointError, ConfigError, DataError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells have it

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from eval import command
+from eval.command import BackboneArgs
 from eval.results import check_same, result_path, side_file
 from fastssl.config import ConfigError
 
@@ -18,6 +20,15 @@ def test_names(tmp_path):
     assert result_path("random:resnet18", tmp_path / "r", "linear/dino", "online", "data/imagenet") == tmp_path / "r"
     files = [side_file(Path(out), "head").name for out in ("lin.e1", "lin.e2", "r.json", "r")]
     assert files == ["lin.e1.head.pt", "lin.e2.head.pt", "r.head.pt", "r.head.pt"]
+
+
+def test_an_interrupted_command_says_nothing(capsys):
+    def run(args, dist):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        command.main(BackboneArgs, run, "eval.x", ["--checkpoint", "random:resnet18"])
+    assert stop.value.code == 130 and capsys.readouterr() == ("", "")
 
 
 def test_a_result_is_replaced_by_the_same_evaluation_only(tmp_path):
