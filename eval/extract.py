@@ -18,6 +18,7 @@ from eval import command
 from eval.command import EvaluationArgs, Subject, open_subject
 from eval.features import Bank, check_kind, extract, extracted, width
 from eval.labels import check_apart
+from eval.protocols import check_crop
 from eval.results import run_as
 from eval.store import Store
 from fastssl.augment.augmenter import Augmenter
@@ -57,10 +58,7 @@ class Recipe:
         check_kind(backbone, self.kind)
         if self.crop < 1:
             raise ConfigError(f"--crop must be a positive number, got {self.crop}.")
-        if self.crop > self.resize:
-            raise ConfigError(
-                f"A centre crop of {self.crop} does not fit in images resized to {self.resize}: lower --crop or raise --resize."
-            )
+        check_crop(self.crop, self.resize)
 
 
 @dataclass

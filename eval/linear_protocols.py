@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
+from eval.protocols import check_crop
 from eval.results import run_as
 from fastssl.config import ConfigError
 from fastssl.optim.schedules import epoch_cosine, step_decay
@@ -112,10 +113,7 @@ def changed(protocol: LinearProtocol, *, epochs: int | None, **given: float | No
         raise ConfigError("--epochs, --batch and --crop must be positive numbers.")
     if protocol.base_lr is not None and not protocol.base_lr > 0:
         raise ConfigError(f"--base-lr must be positive, got {protocol.base_lr}.")
-    if protocol.crop > protocol.resize:
-        raise ConfigError(
-            f"A centre crop of {protocol.crop} does not fit in images resized to {protocol.resize}: lower --crop or raise --resize."
-        )
+    check_crop(protocol.crop, protocol.resize)
     return protocol
 
 

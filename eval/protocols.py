@@ -5,6 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from fastssl.config import ConfigError
+
+
+def check_crop(crop: int, resize: int) -> None:
+    """ConfigError unless a centre crop fits in images whose shorter side is `resize`, pixels."""
+    if crop > resize:
+        raise ConfigError(f"A centre crop of {crop} does not fit in images resized to {resize}: lower --crop or raise --resize.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedKNN:

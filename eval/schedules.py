@@ -8,7 +8,7 @@ WARMUP_FACTOR = 0.001
 """Detectron2's: what the first iteration's learning rate is of the peak."""
 
 
-def warmup_steps(i: int, *, base_lr: float, milestones: Sequence[int], warmup: int, gamma: float = 0.1) -> float:
+def warmup_step_decay(i: int, *, base_lr: float, milestones: Sequence[int], warmup: int, gamma: float = 0.1) -> float:
     """Detectron2's WarmupMultiStepLR with its linear warm-up.
 
     base g(i) for i >= W;  base (0.001 (1 - i / W) + (i / W) g(W)) before, g being gamma^(number of milestones <= i).

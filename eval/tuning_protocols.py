@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from eval.protocols import check_crop
 from eval.results import run_as
 from fastssl.config import ConfigError
 from fastssl.optim.schedules import epoch_cosine, step_decay, timm_cosine, warmup_cosine, warmup_from_zero_cosine
@@ -126,10 +127,7 @@ def changed(protocol: TuningProtocol, *, epochs: int | None = None, **given: flo
         raise ConfigError("--epochs, --batch and --crop must be positive numbers.")
     if not (protocol.base_lr > 0 and (protocol.head_lr is None or protocol.head_lr > 0)):
         raise ConfigError("--base-lr and --head-lr must be positive.")
-    if protocol.crop > protocol.resize:
-        raise ConfigError(
-            f"A centre crop of {protocol.crop} does not fit in images resized to {protocol.resize}: lower --crop or raise --resize."
-        )
+    check_crop(protocol.crop, protocol.resize)
     return protocol if epochs is None else protocol.shortened(epochs)
 
 

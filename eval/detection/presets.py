@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from eval.detection.config import DetectorConfig
-from eval.schedules import warmup_steps
+from eval.schedules import warmup_step_decay
 from fastssl.config import ConfigError
 
 
@@ -47,7 +47,7 @@ class DetectionPreset:
 
     def lr(self, iteration: int) -> float:
         """Counted from 0."""
-        return warmup_steps(iteration, base_lr=self.base_lr * self.lr_mult, milestones=self.milestones, warmup=self.warmup)
+        return warmup_step_decay(iteration, base_lr=self.base_lr * self.lr_mult, milestones=self.milestones, warmup=self.warmup)
 
     @property
     def eleven_points(self) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 
 from eval.detection.voc_ap import THRESHOLDS, average_precision, matched, recall_precision
 from eval.resize import inside_box, shortest_side
-from eval.schedules import poly, warmup_steps
+from eval.schedules import poly, warmup_step_decay
 from tests.golden.kind import Arrays, Kind
 
 LONGEST = 1333
@@ -36,7 +36,7 @@ def sched(arrays: Arrays) -> Arrays:
             out["poly_lr"] = [poly(i, base_lr=base, min_lr=low, power=power, steps=int(iterations) - 1) for i in at]
         else:
             _, warmup, *milestones = arrays[f"{name}_cfg"].tolist()
-            out[f"{name}_mult"] = [warmup_steps(i, base_lr=1.0, milestones=milestones, warmup=warmup) for i in at]
+            out[f"{name}_mult"] = [warmup_step_decay(i, base_lr=1.0, milestones=milestones, warmup=warmup) for i in at]
     return {name: np.array(value) for name, value in out.items()}
 
 
