@@ -193,8 +193,9 @@ def restore(state: State, path: Path) -> None:
         )
     load_weights(state.method, saved, path)
     load_optimizer(state, saved, path)
-    if saved["scaler"].get("growth_interval") == state.scaler.get_growth_interval():
-        state.scaler.load_state_dict(saved["scaler"])  # one of bf16 or fp32 says nothing about the scale that fp16 needs
+    # The scale of another type says nothing about the one that fp16 needs; other types keep theirs, 1.
+    if state.dtype is torch.float16 and saved["scaler"].get("growth_interval") == state.scaler.get_growth_interval():
+        state.scaler.load_state_dict(saved["scaler"])
     state.metrics.load_state_dict(saved["metrics"], state.dist.device)
     state.step = saved["step"]
 

@@ -164,7 +164,8 @@ def train_step(state: State, micro_batches: Sequence[Views] | Iterator[Views]) -
     for p in state.method.dropped_gradients(sched):
         p.grad = None
     state.scaler.step(state.optimizer)
-    state.scaler.update()
+    # Only fp16 has a scale to find; for the others every skipped step would halve it for good.
+    state.scaler.update(None if state.dtype is torch.float16 else 1.0)
     state.optimizer.zero_grad(set_to_none=True)
     update_targets(state.method, sched, "after_step")
     state.method.enqueue(out.keys)

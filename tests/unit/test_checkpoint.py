@@ -159,6 +159,16 @@ def test_a_scale_for_other_numbers_is_not_taken_over(tmp_path: Path):
     assert (resumed.scaler.get_scale(), resumed.scaler.get_growth_interval()) == (2.0**16, 2000)
 
 
+def test_a_scale_that_skipped_steps_halved_is_not_taken_over(tmp_path: Path):
+    """Checkpoints of other types than fp16 with a scale that is not 1 exist."""
+    state = new_state()
+    step(state)
+    state.scaler.update(2.0**-100)
+    resumed = new_state()
+    checkpoint.restore(resumed, checkpoint.save(state, tmp_path))
+    assert resumed.scaler.get_scale() == 1
+
+
 def test_the_exported_backbone_says_what_it_is(tmp_path: Path):
     state = new_state("dino_mini")
     metadata = checkpoint.description(state)

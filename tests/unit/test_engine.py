@@ -120,6 +120,17 @@ def test_a_bad_step_changes_no_weight_and_is_counted():
     assert not torch.equal(state.method.online.weight, weights["weight"])
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [("bf16", 1.0), ("fp32", 1.0), ("fp64", 1.0), ("fp16", 2.0**13)])
+def test_skipped_steps_lower_the_scale_of_fp16_only(dtype: str, scale: float):
+    cfg = dataclasses.replace(config(), efficiency=EfficiencyConfig(dtype=dtype, compile="off"))
+    state = prepare(Regression(), cfg, ALONE, 2)
+    x, y = batch()
+    x[0, 0, 0, 0] = float("nan")
+    for _ in range(3):
+        train_step(state, [two_views(x, y)])
+    assert state.metrics._skipped.item() == 3 and state.scaler.get_scale() == scale
+
+
 @pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda o: type(o).__name__)
 def test_a_frozen_layer_starts_in_its_epoch(optim: OptimConfig):
     """Two steps an epoch: the last layer keeps its weights in epoch 0 and moves from then on, as if its first step came there; the layer
