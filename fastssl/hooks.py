@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fastssl import checkpoint, collapse, pictures
 from fastssl.engine import State
 from fastssl.metrics import Record, RunLog
+from fastssl.models.norm import statistics_of_rank_zero
 
 log = logging.getLogger("fastssl")
 
@@ -228,7 +229,9 @@ class OnlineEvaluation(Hook):
             self.run(state)
 
     def run(self, state: State) -> None:
-        result = self.evaluate(state.method.backbone)
+        backbone = state.method.backbone
+        with statistics_of_rank_zero(backbone):  # all ranks evaluate the network of the checkpoint
+            result = self.evaluate(backbone)
         if state.dist.is_main:
             epoch = state.step / state.steps_per_epoch
             self.write({"step": state.step, "epoch": epoch, **{f"eval/{k}": v for k, v in result.items()}})

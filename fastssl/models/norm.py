@@ -7,6 +7,9 @@ forward pass (every rank's mean, variance and count), one in the backward pass (
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -110,6 +113,21 @@ def broadcast_running_statistics(module: nn.Module) -> None:
     flat = torch.cat([b.reshape(-1) for b in stats])
     dist.broadcast(flat, src=0)
     torch._foreach_copy_(stats, [part.view_as(b) for part, b in zip(flat.split([b.numel() for b in stats]), stats, strict=True)])
+
+
+@contextlib.contextmanager
+def statistics_of_rank_zero(module: nn.Module) -> Iterator[None]:
+    """Every rank has the running statistics that checkpoints hold, rank 0's; its own again afterwards.  All ranks enter together."""
+    stats = running_statistics(module)
+    if not stats or world_size() == 1:
+        yield
+        return
+    own = [b.clone() for b in stats]
+    broadcast_running_statistics(module)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(stats, own)
 
 
 class FiniteStatistics:
