@@ -99,7 +99,7 @@ def train(cfg: RunConfig, dist: Dist) -> State:
 def build_hooks(cfg: RunConfig, dist: Dist, folder: Path, dtype: torch.dtype, *, labelled: bool) -> list[hooks.Hook]:
     """In the order they run: evaluation before the checkpoint, and what they all left behind is collected last."""
     progress = hooks.Progress(folder)
-    chosen: list[hooks.Hook] = [hooks.Preemption(), progress, hooks.NonFinite(folder, max_bad_steps=cfg.train.max_bad_steps)]
+    chosen: list[hooks.Hook] = [hooks.Preemption(folder), progress, hooks.NonFinite(folder, max_bad_steps=cfg.train.max_bad_steps)]
     chosen.append(hooks.CollapseAlarm())
     e = cfg.eval
     if e.knn_every_epochs and not (labelled and has_split(cfg.data.path, "val")):

@@ -89,9 +89,15 @@ def save(state: State, folder: Path, *, keep: bool = False) -> Path:
             left.unlink(missing_ok=True)
         raise CheckpointError(
             f"Could not write a checkpoint of step {state.step} to {folder}: {error}. The previous checkpoint is untouched. "
-            f"Free some space and continue with --train.resume auto."
+            f"Free some space and {how_to_continue(folder)}."
         ) from error
     return last
+
+
+def how_to_continue(folder: Path) -> str:
+    """Names the file: `auto` may find another run's, since a name that is taken gets a number."""
+    last = folder / LAST
+    return f"continue with --train.resume {last}" if last.exists() else "start again: the run has no checkpoint yet"
 
 
 def description(state: State) -> dict[str, str]:

@@ -177,7 +177,8 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after this many steps; schedules still span `epochs`."""
     resume: str = ""
-    """'auto' (newest checkpoint of the run folder, if any) or a checkpoint file: everything is restored."""
+    """'auto' (the run folder's checkpoint, if any; an error where numbered runs of the name make it ambiguous) or a checkpoint file:
+    everything is restored."""
     init_from: str = ""
     """Checkpoint whose weights start a new run; optimizer, schedules and step start afresh."""
     max_bad_steps: int = 20

@@ -142,8 +142,8 @@ class NonFinite(Hook):
             state.dist.barrier()  # a launcher ends all ranks with the first
             raise Diverged(
                 f"The last {bad_run:.0f} steps had non-finite gradients; training stopped at step {state.step}. State and sample ids "
-                f"are in {dump}. Lower --optim.base-lr, lengthen --optim.warmup-epochs or take --efficiency.dtype bf16, and continue "
-                f"from the last checkpoint with --train.resume auto."
+                f"are in {dump}. Lower --optim.base-lr, lengthen --optim.warmup-epochs or take --efficiency.dtype bf16, and "
+                f"{checkpoint.how_to_continue(self.folder)}."
             )
 
 
@@ -247,7 +247,8 @@ class Preemption(Hook):
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.received = ""
         self.previous: dict[signal.Signals, object] = {}
 
@@ -266,7 +267,7 @@ class Preemption(Hook):
         elif state.record is not None:
             state.stop = max(state.dist.gather_objects(self.received))
         if state.stop and state.dist.is_main:
-            log.info(f"{state.stop}: saving step {state.step} and ending; continue with --train.resume auto")
+            log.info(f"{state.stop}: saving step {state.step} and ending; continue with --train.resume {self.folder / checkpoint.LAST}")
 
     def close(self) -> None:
         for s, handler in self.previous.items():
