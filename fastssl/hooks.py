@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import signal
 import sys
@@ -242,17 +243,22 @@ class OnlineEvaluation(Hook):
 class Preemption(Hook):
     """SIGTERM, SIGUSR1 or one Ctrl-C: finish the step, let the other hooks save, end.  A second Ctrl-C ends at once.
 
-    Ranks agree at log steps, where they synchronise anyway; a process alone stops after the current step.
+    Ranks agree at log steps, where they synchronise anyway, and between them about every 5 seconds: torchrun kills what has not ended
+    30 seconds after its signal.  A process alone stops after the current step.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    EVERY_S = 5.0
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.received = ""
         self.previous: dict[signal.Signals, object] = {}
+        self.next_step, self.met_step, self.met = 0, 0, 0.0
+        self.step_s = math.inf
 
     def start(self, state: State) -> None:
+        self.next_step, self.met_step, self.met = state.step + 1, state.step, time.perf_counter()
         for s in self.SIGNALS:
             self.previous[s] = signal.signal(s, self.on_signal)
 
@@ -264,10 +270,20 @@ class Preemption(Hook):
     def after_step(self, state: State) -> None:
         if state.dist.world == 1:
             state.stop = self.received
-        elif state.record is not None:
-            state.stop = max(state.dist.gather_objects(self.received))
+        elif state.record is not None or state.step >= self.next_step:
+            self.agree(state)
         if state.stop and state.dist.is_main:
             log.info(f"{state.stop}: saving step {state.step} and ending; continue with --train.resume {self.folder / checkpoint.LAST}")
+
+    def agree(self, state: State) -> None:
+        """Whether to stop, and when to meet again: by the step time that rank 0 measured between the last two meetings."""
+        answers = state.dist.gather_objects((self.received, self.step_s))
+        state.stop = max(received for received, _ in answers)
+        steps = int(self.EVERY_S / answers[0][1])
+        self.next_step = state.step + min(max(steps, 1), state.cfg.log.every_steps)
+        now = time.perf_counter()  # the ranks' devices are done with the step: they have just exchanged something
+        self.step_s = (now - self.met) / (state.step - self.met_step)
+        self.met_step, self.met = state.step, now
 
     def close(self) -> None:
         for s, handler in self.previous.items():

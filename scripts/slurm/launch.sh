@@ -2,6 +2,8 @@
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 first_node=${nodes%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 20000))
+# Seconds that torchrun gives ranks to save after a SIGTERM; before torch 2.12 always 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-90}"
 
 # The signal that ends the ranks in good order would kill torchrun, which knows no USR1: torchrun ignores it, and the ranks,
 # which inherit that, set a handler of their own.

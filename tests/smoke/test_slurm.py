@@ -18,6 +18,7 @@ STAND_INS = {
     "bin/scancel": 'echo "$*" >scancel.log; kill -USR1 $(cat torchrun.pid rank.pid)',
     # a torchrun that knows no USR1 and one rank that handles it, then fails or not
     ".venv/bin/torchrun": """echo $$ >torchrun.pid
+echo $TORCH_ELASTIC_SHUTDOWN_TIMEOUT >patience
 bash -c 'python3 -c "
 import os, signal, sys, time
 def save(*_):
@@ -99,7 +100,7 @@ def test_the_signal_before_the_time_limit_saves_and_requeues(cluster, rank_statu
         assert job.wait(20) == int(rank_status)
     finally:
         job.kill()
-    assert (folder / "saved").exists()
+    assert (folder / "saved").exists() and (folder / "patience").read_text() == "90\n"
     assert (folder / "scancel.log").read_text() == "--signal=USR1 40123\n"
     requeues = (folder / "scontrol.log").read_text() if (folder / "scontrol.log").exists() else ""
     assert requeues == ("requeue 40123\n" if requeued else "")
