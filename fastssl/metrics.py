@@ -20,10 +20,15 @@ Record = dict[str, float]
 
 
 class Metrics:
-    """Sums on the device; `read` brings their means over steps and ranks to the host in one transfer."""
+    """Sums on the device; `read` brings their means over steps and ranks to the host in one transfer.
+
+    Values that are not finite are left out: a skipped step must not hide what the others of its window say.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._names: tuple[str, ...] = ()
+        self._sums: Tensor | None = None
+        """[2, names]: sums and counts of the finite values."""
         self._steps = 0
         self._timed_steps = self._timed_images = 0
         self._skipped: Tensor | None = None
@@ -33,9 +38,11 @@ class Metrics:
 
     def add(self, out: StepOutput, images: int) -> None:
         """Count a step of so many images on all ranks."""
-        for name, value in (("loss", out.loss), *out.logs.items()):
-            value = value.detach().double()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        names = ("loss", *out.logs)
+        values = torch.stack([value.detach().double() for value in (out.loss, *out.logs.values())])
+        found = torch.stack((values.nan_to_num(0.0, 0.0, 0.0), values.isfinite().double()))
+        # A checkpoint of other code may have begun the window with other names.
+        self._names, self._sums = names, found if self._sums is None or names != self._names else self._sums + found
         self._steps += 1
         self._timed_steps += 1
         self._timed_images += images
@@ -50,17 +57,17 @@ class Metrics:
 
     def read(self, state: State, loader) -> Record:
         """The record of the steps since the last one; resets the sums.  Synchronises with the device, once."""
-        names = list(self._sums)
-        packed = torch.stack([*self._sums.values(), self._skipped, self._bad_run])
+        packed = torch.cat((self._sums.flatten(), torch.stack((self._skipped, self._bad_run))))
         if state.dist.world > 1:
             torch.distributed.all_reduce(packed)
             packed /= state.dist.world
-        *means, skipped, bad_run = packed.tolist()
+        *found, skipped, bad_run = packed.tolist()
+        sums, counts = found[: len(self._names)], found[len(self._names) :]
         elapsed, steps = time.perf_counter() - self._since, self._steps
         wait, self._data_wait = loader.wait_s - self._data_wait, loader.wait_s
         sched = state.schedules.at(state.step - 1)
         record = {"step": state.step, "epoch": state.step / state.steps_per_epoch}
-        record |= {f"train/{name}": value / steps for name, value in zip(names, means, strict=True)}
+        record |= {f"train/{name}": s / n if n else math.nan for name, s, n in zip(self._names, sums, counts, strict=True)}
         record |= {
             "train/skipped_steps": skipped,
             "train/bad_run": bad_run,
@@ -74,7 +81,7 @@ class Metrics:
             record["train/loss_scale"] = state.scaler.get_scale()
         if state.dist.device.type == "cuda":
             record["perf/mem_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._sums, self._steps = {}, 0
+        self._sums, self._steps = None, 0
         self.restart_clock()
         return record
 
@@ -86,10 +93,14 @@ class Metrics:
     def state_dict(self) -> dict:
         """Running sums since the last log step, so that a resumed run logs what an uninterrupted one does."""
         tensors = {"skipped": self._skipped, "bad_run": self._bad_run}
-        return {"sums": dict(self._sums), "steps": self._steps, **{k: v for k, v in tensors.items() if v is not None}}
+        sums, counts = ({}, {}) if self._sums is None else (dict(zip(self._names, row, strict=True)) for row in self._sums)
+        return {"sums": sums, "counts": counts, "steps": self._steps, **{k: v for k, v in tensors.items() if v is not None}}
 
     def load_state_dict(self, saved: dict, device: torch.device) -> None:
-        self._sums = {k: v.to(device) for k, v in saved["sums"].items()}
+        sums = saved["sums"]
+        counts = saved.get("counts", {k: torch.full_like(v, saved["steps"]) for k, v in sums.items()})  # older checkpoints left none out
+        self._names = tuple(sums)
+        self._sums = torch.stack([*sums.values(), *(counts[k] for k in sums)]).view(2, -1).to(device) if sums else None
         self._steps = saved["steps"]
         if "skipped" in saved:
             self._skipped, self._bad_run = saved["skipped"].to(device), saved["bad_run"].to(device)

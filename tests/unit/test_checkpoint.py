@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,22 @@ def test_a_restored_run_continues_bit_for_bit(tmp_path: Path):
     for (name, a), b in zip(second.method.state_dict().items(), whole.method.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert (tmp_path / "checkpoint_ep0001.pt").exists()
+
+
+def test_means_of_a_begun_window_go_on(tmp_path: Path):
+    """Also those of older checkpoints, which had no counts."""
+    state, loader = new_state(), SimpleNamespace(wait_s=0.0)
+    losses = [step(state) for _ in range(2)]
+    path = checkpoint.save(state, tmp_path)
+    losses.append(step(state))
+    saved = checkpoint.load(path)
+    del saved["metrics"]["counts"]
+    torch.save(saved, tmp_path / "older.pt")
+    for file in (path, tmp_path / "older.pt"):
+        resumed = new_state()
+        checkpoint.restore(resumed, file)
+        step(resumed)
+        assert resumed.metrics.read(resumed, loader)["train/loss"] == pytest.approx(sum(losses) / 3, rel=1e-12)
 
 
 def test_weights_alone_start_a_new_run(tmp_path: Path):

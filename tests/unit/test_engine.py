@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -269,6 +270,25 @@ def test_efficiency_switches_keep_the_loss(dtype: str, channels_last: bool):
     torch.testing.assert_close(
         losses(EfficiencyConfig(dtype=dtype, compile="off", channels_last=channels_last)), exact, rtol=tolerance, atol=0
     )
+
+
+def test_a_skipped_step_is_left_out_of_the_means_of_its_window():
+    state = prepare(Regression(), config(), ALONE, 2)
+    losses = []
+    for number in range(3):
+        x, y = batch(number)
+        if number == 1:
+            x[0, 0, 0, 0] = float("nan")
+        with NoHostReads():
+            out = train_step(state, [two_views(x, y)])
+            state.metrics.add(out, images=8)
+        losses.append(out.loss.item())
+    record = state.metrics.read(state, SimpleNamespace(wait_s=0.0))
+    assert record["train/loss"] == pytest.approx((losses[0] + losses[2]) / 2) and math.isfinite(record["train/mean"])
+    assert (record["train/skipped_steps"], record["train/bad_run"]) == (1, 0)
+    state.metrics.add(StepOutput(torch.tensor(math.inf), {"mean": torch.tensor(2.0)}), images=8)
+    record = state.metrics.read(state, SimpleNamespace(wait_s=0.0))
+    assert math.isnan(record["train/loss"]) and record["train/mean"] == 2
 
 
 def test_rates_leave_out_a_pause_and_the_steps_before_it(monkeypatch):
