@@ -114,6 +114,7 @@ class Checkpointer(Hook):
             self.save(state, keep=False)
 
     def save(self, state: State, *, keep: bool) -> None:
+        state.metrics.share(state.dist.world)
         if state.dist.is_main:
             checkpoint.save(state, self.folder, keep=keep)
         self.saved_step = state.step

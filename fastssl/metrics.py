@@ -90,6 +90,12 @@ class Metrics:
         self._since = time.perf_counter()
         self._timed_steps = self._timed_images = 0
 
+    def share(self, world: int) -> None:
+        """Every rank takes the mean of all ranks' sums: those that rank 0 saves then stand for all.  To be called on all ranks."""
+        if world > 1 and self._sums is not None:
+            torch.distributed.all_reduce(self._sums)
+            self._sums /= world
+
     def state_dict(self) -> dict:
         """Running sums since the last log step, so that a resumed run logs what an uninterrupted one does."""
         tensors = {"skipped": self._skipped, "bad_run": self._bad_run}
