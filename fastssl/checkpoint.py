@@ -94,6 +94,15 @@ def save(state: State, folder: Path, *, keep: bool = False) -> Path:
     return last
 
 
+def not_finite(state: State) -> str:
+    """Name of a tensor of the state with NaN or infinities, empty if there is none.  Reads from the device, once."""
+    tensors = dict(state.method.state_dict())
+    tensors |= {f"optimizer.{i}.{name}": v for i, found in state.optimizer.state_dict()["state"].items() for name, v in found.items()}
+    tensors = {name: v for name, v in tensors.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    finite = torch.stack([v.isfinite().all().to(state.dist.device) for v in tensors.values()]).tolist()
+    return next((name for name, ok in zip(tensors, finite, strict=True) if not ok), "")
+
+
 def how_to_continue(folder: Path) -> str:
     """Names the file: `auto` may find another run's, since a name that is taken gets a number."""
     last = folder / LAST

@@ -95,11 +95,16 @@ class Progress(Hook):
 
 
 class Checkpointer(Hook):
-    """checkpoint_last.pt every few epochs and at the end, numbered copies every `keep_every` epochs."""
+    """checkpoint_last.pt every few epochs and at the end, numbered copies every `keep_every` epochs.
+
+    A bad state never replaces a checkpoint.  After a skipped step it may be one: then the next step that is not skipped is saved.  A run
+    that ends before is saved if only its last step was skipped; otherwise bad_step.pt takes its state.
+    """
 
     def __init__(self, folder: Path, *, every_epochs: int, keep_every: int):
         self.folder, self.every_epochs, self.keep_every = folder, every_epochs, keep_every
         self.saved_step = -1
+        self.late = self.keep = False
 
     def start(self, state: State) -> None:
         self.saved_step = state.step
@@ -107,19 +112,42 @@ class Checkpointer(Hook):
     def after_step(self, state: State) -> None:
         epoch, rest = divmod(state.step, state.steps_per_epoch)
         if rest == 0 and epoch % self.every_epochs == 0:
-            self.save(state, keep=self.keep_every > 0 and epoch % self.keep_every == 0)
+            self.keep |= self.keep_every > 0 and epoch % self.keep_every == 0
+            self.save(state)
+        elif self.late:
+            self.save(state)
 
     def finish(self, state: State) -> None:
-        if state.step != self.saved_step:
-            self.save(state, keep=False)
+        if state.step != self.saved_step and (doubt := self.save(state, tolerated=1)):
+            dump = self.folder / "bad_step.pt"
+            if state.dist.is_main:
+                checkpoint.atomic_save(checkpoint.contents(state), dump)
+                log.warning(f"the end of the run, step {state.step}, is in {dump} only: {doubt}")
+            state.dist.barrier()
 
-    def save(self, state: State, *, keep: bool) -> None:
+    def save(self, state: State, *, tolerated: int = 0) -> str:
+        """-> why the state was not saved, the same on all ranks; empty: it was.  tolerated: skipped last steps."""
+        run, bad = state.dist.broadcast_object(self.look(state, tolerated) if state.dist.is_main else None)
+        doubt = f"its last steps were skipped ({run})" if run > tolerated else f"{bad} is not finite" if bad else ""
+        if doubt:
+            if state.dist.is_main and not self.late:
+                log.warning(f"step {state.step} is not saved, the last checkpoint stays: {doubt}")
+            self.late = run > tolerated  # what is not finite stays so: the next look is at the next checkpoint's time
+            return doubt
         state.metrics.share(state.dist.world)
         if state.dist.is_main:
-            checkpoint.save(state, self.folder, keep=keep)
-        self.saved_step = state.step
+            checkpoint.save(state, self.folder, keep=self.keep)
+            if self.late:
+                log.info(f"step {state.step} is saved")
+        self.saved_step, self.late, self.keep = state.step, False, False
         state.dist.barrier()
         state.metrics.restart_clock()
+        return ""
+
+    def look(self, state: State, tolerated: int) -> tuple[int, str]:
+        """-> (skipped last steps, a tensor that is not finite)."""
+        _, run = state.metrics.skips()
+        return run, "" if run > tolerated else checkpoint.not_finite(state)
 
 
 class NonFinite(Hook):
@@ -128,13 +156,16 @@ class NonFinite(Hook):
 
     def __init__(self, folder: Path, *, max_bad_steps: int):
         self.folder, self.max_bad_steps = folder, max_bad_steps
-        self.counted = 0.0
+        self.counted = 0
+
+    def start(self, state: State) -> None:
+        self.counted, _ = state.metrics.skips()
 
     def after_step(self, state: State) -> None:
         if state.record is None:
             return
         skipped, bad_run = state.record["train/skipped_steps"], state.record["train/bad_run"]
-        if skipped > self.counted and state.dist.is_main and state.dtype is not torch.float16:
+        if skipped - self.counted > self.normal(state) and state.dist.is_main:
             log.warning(f"step {state.step}: {skipped - self.counted:.0f} steps with non-finite gradients were skipped since the last line")
         self.counted = skipped
         if bad_run >= self.max_bad_steps:
@@ -147,6 +178,12 @@ class NonFinite(Hook):
                 f"are in {dump}. Lower --optim.base-lr, lengthen --optim.warmup-epochs or take --efficiency.dtype bf16, and "
                 f"{checkpoint.how_to_continue(self.folder)}."
             )
+
+    def normal(self, state: State) -> int:
+        """Skipped steps between two lines that fp16 has anyway: it finds its first scale by halving 2**16, and later tries larger ones."""
+        if state.dtype is not torch.float16:
+            return 0
+        return 16 if state.step <= state.cfg.log.every_steps else 1
 
 
 class GarbageCollection(Hook):

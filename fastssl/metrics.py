@@ -55,6 +55,13 @@ class Metrics:
         self._skipped += found
         self._bad_run = (self._bad_run + found) * found
 
+    def skips(self) -> tuple[int, int]:
+        """-> (skipped steps, how many of them were the last ones in a row).  Synchronises with the device."""
+        if self._skipped is None:
+            return 0, 0
+        skipped, bad_run = torch.stack((self._skipped, self._bad_run)).tolist()
+        return round(skipped), round(bad_run)
+
     def read(self, state: State, loader) -> Record:
         """The record of the steps since the last one; resets the sums.  Synchronises with the device, once."""
         packed = torch.cat((self._sums.flatten(), torch.stack((self._skipped, self._bad_run))))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from fastssl import checkpoint
+from fastssl import checkpoint, hooks
 from fastssl.checkpoint import CheckpointError
 from fastssl.config import AdamW, EfficiencyConfig, Lars, OptimConfig, Sgd
 from fastssl.distributed import Dist
@@ -28,8 +28,10 @@ def new_state(preset: str = "byol_mini", steps_per_epoch: int = 3, optim: OptimC
     return prepare(method, cfg, Dist(0, 1, 0, 1, torch.device("cpu")), steps_per_epoch)
 
 
-def step(state: State) -> float:
+def step(state: State, *, bad: bool = False) -> float:
     x, y = torch.randn(2, 4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(state.step)).numpy()
+    if bad:
+        x[0] = float("inf")
     out = train_step(state, [two_views(x, y)])
     state.metrics.add(out, 12)
     return out.loss.item()
@@ -190,3 +192,53 @@ def test_the_exported_backbone_says_what_it_is(tmp_path: Path):
     state = new_state("dino_mini")
     metadata = checkpoint.description(state)
     assert {k: metadata[k] for k in ("method", "network", "mean")} == {"method": "dino", "network": "target", "mean": "0.485 0.456 0.406"}
+
+
+def trained(folder: Path, bad_steps: set[int], steps: int, *, finish: bool = False) -> State:
+    """Steps 1 to `steps`, 3 an epoch, with a Checkpointer after each."""
+    state, hook = new_state(), hooks.Checkpointer(folder, every_epochs=1, keep_every=1)
+    hook.start(state)
+    for number in range(1, steps + 1):
+        step(state, bad=number in bad_steps)
+        hook.after_step(state)
+    if finish:
+        hook.finish(state)
+    return state
+
+
+def saved_step(folder: Path) -> int:
+    return checkpoint.load(folder / "checkpoint_last.pt")["step"]
+
+
+def test_a_skipped_step_is_not_saved_but_the_next_good_one(tmp_path: Path, caplog):
+    trained(tmp_path, {5, 6, 7}, 7)
+    assert saved_step(tmp_path) == 3
+    assert [r.message for r in caplog.records] == ["step 6 is not saved, the last checkpoint stays: its last steps were skipped (2)"]
+    trained(tmp_path, {5, 6, 7}, 8)
+    assert saved_step(tmp_path) == 8 and torch.load(tmp_path / "checkpoint_ep0003.pt", weights_only=True)["step"] == 8
+
+
+@pytest.mark.parametrize(("bad_steps", "saved"), [({5}, 5), ({4, 5}, 3)])
+def test_the_end_of_a_run_after_skipped_steps(bad_steps: set[int], saved: int, tmp_path: Path):
+    """One says nothing about the state; after several it goes to another file, which can be resumed."""
+    state = trained(tmp_path, bad_steps, 5, finish=True)
+    assert saved_step(tmp_path) == saved and (tmp_path / "bad_step.pt").exists() == (saved == 3)
+    if saved == 3:
+        resumed = new_state()
+        checkpoint.restore(resumed, tmp_path / "bad_step.pt")
+        assert resumed.step == state.step
+
+
+@pytest.mark.parametrize("where", ["target.backbone", "optimizer."])
+def test_a_state_that_is_not_finite_replaces_no_checkpoint(where: str, tmp_path: Path, caplog):
+    state, hook = new_state(), hooks.Checkpointer(tmp_path, every_epochs=1, keep_every=0)
+    hook.start(state)
+    for number in range(1, 7):
+        step(state)
+        if number == 6:
+            momentum = next(iter(state.optimizer.state.values()))["momentum_buffer"]
+            tensor = momentum if where == "optimizer." else next(state.method.target.backbone.parameters())
+            tensor.fill_(float("inf"))
+        hook.after_step(state)
+    assert saved_step(tmp_path) == 3
+    assert len(caplog.records) == 1 and where in caplog.text and "is not finite" in caplog.text

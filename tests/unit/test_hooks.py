@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fastssl import hooks
+from fastssl.metrics import Metrics
+from fastssl.presets import PRESETS
 
 
 def test_garbage_is_collected_at_set_steps_only(monkeypatch):
@@ -37,3 +41,27 @@ def test_the_time_of_a_first_step_that_compiles_is_told_once(compiled: bool, tmp
             progress.after_step(state)
     progress.close()
     assert [("first step after" in m, m.endswith("/somewhere")) for m in caplog.messages] == [(True, True)] * compiled
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step", "skipped", "warned"),
+    [
+        (torch.bfloat16, 50, 1, True),
+        (torch.bfloat16, 50, 0, False),
+        (torch.float16, 50, 16, False),  # the first scale is looked for
+        (torch.float16, 50, 17, True),
+        (torch.float16, 100, 1, False),  # a larger scale was tried
+        (torch.float16, 100, 2, True),
+    ],
+)
+def test_more_skipped_steps_than_normal_are_told(dtype: torch.dtype, step: int, skipped: int, warned: bool, tmp_path, caplog):
+    """Those from before a restart were told before it."""
+    metrics = Metrics()
+    metrics.load_state_dict({"sums": {}, "steps": 0, "skipped": torch.tensor(100.0), "bad_run": torch.tensor(0.0)}, torch.device("cpu"))
+    state = SimpleNamespace(step=step, dtype=dtype, metrics=metrics, dist=SimpleNamespace(is_main=True), cfg=PRESETS["byol_mini"]())
+    hook = hooks.NonFinite(tmp_path, max_bad_steps=20)
+    hook.start(state)
+    state.cfg = replace(state.cfg, log=replace(state.cfg.log, every_steps=50))
+    state.record = {"train/skipped_steps": 100.0 + skipped, "train/bad_run": 0.0}
+    hook.after_step(state)
+    assert [r.levelname for r in caplog.records] == ["WARNING"] * warned
