@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import tyro
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.config import ConfigError, RunConfig
 from fastssl.methods import METHODS, build_method
@@ -112,13 +113,16 @@ def check(cfg: RunConfig, world: int) -> list[str]:
             "--efficiency.cuda-graphs True: a replay overwrites the gradients of the one before. Take --train.accumulation-steps 1."
         )
     with torch.device("meta"):  # networks without weights: what their constructors refuse
-        build_method(cfg)
+        networks = build_method(cfg)
     warnings = []
-    if cfg.model.norm != "sync" and t.published_rank_batch not in (None, batch):
+    normalises = any(isinstance(m, _BatchNorm) for m in networks.modules())
+    if normalises and cfg.model.norm == "sync" and t.accumulation_steps > 1:
         warnings.append(
-            f"BatchNorm sees {batch} images per rank; the published run had {t.published_rank_batch} "
-            f"({t.global_batch_size // t.published_rank_batch} ranks)."
+            f"BatchNorm sees {t.global_batch_size // t.accumulation_steps} images, those of a micro-batch of all ranks; without "
+            f"accumulation it sees {t.global_batch_size}."
         )
+    if normalises and cfg.model.norm != "sync" and t.published_rank_batch not in (None, batch):
+        warnings.append(f"BatchNorm sees {batch} images per rank; the published run had {t.published_rank_batch}.")
     if o.min_lr > (peak := o.peak_lr(t.global_batch_size)):
         warnings.append(
             f"the learning rate rises from its peak {peak:g} to --optim.min-lr {o.min_lr:g}, which does not scale with the batch: lower it."

@@ -182,7 +182,18 @@ def test_a_last_batch_of_one_image_is_refused():
 
 
 def test_another_rank_batch_is_warned_about():
-    assert "128" in cli.check(PRESETS["lewel_b_eman_r50_200ep"](), world=4)[0]
+    assert cli.check(PRESETS["lewel_b_eman_r50_200ep"](), world=4) == ["BatchNorm sees 256 images per rank; the published run had 128."]
+    cfg, _ = cli.parse_cli(["--preset", "lewel_b_eman_r50_200ep", "--train.global-batch-size", "64"])
+    assert cli.check(cfg, world=1) == ["BatchNorm sees 64 images per rank; the published run had 128."]
+
+
+@pytest.mark.parametrize(("preset", "warned"), [("byol_r50_100ep", True), ("dino_r50_100ep", True), ("dino_vits16_100ep", False)])
+def test_accumulation_under_sync_is_warned_about(preset: str, warned: bool):
+    """A ViT has no BatchNorm."""
+    cfg, _ = cli.parse_cli(["--preset", preset, "--train.accumulation-steps", "4", "--model.norm", "sync"])
+    images = cfg.train.global_batch_size // 4
+    found = cli.check(cfg, world=2)
+    assert [f"BatchNorm sees {images} images" in line for line in found] == [True] * warned
 
 
 def test_description_names_every_flag():
