@@ -102,8 +102,8 @@ def check(cfg: RunConfig, world: int) -> list[str]:
         raise ConfigError(f"--optim.min-lr {o.min_lr} needs --optim.schedule dino: where the cosine of '{o.schedule}' ends is fixed.")
     if not 0 <= o.warmup_epochs < t.epochs:
         raise ConfigError(f"--optim.warmup-epochs {o.warmup_epochs} must be at least 0 and smaller than --train.epochs {t.epochs}.")
-    if t.resume and t.init_from:
-        raise ConfigError("--train.resume continues a run and --train.init-from starts one: give only one of them.")
+    if t.resume not in ("", "auto") and t.init_from:
+        raise ConfigError("--train.resume PATH continues a run and --train.init-from starts one: give only one of them.")
     if method.couples_batch and t.accumulation_steps > 1:
         raise ConfigError(
             f"{cfg.method.name} compares samples across the global batch: accumulation would change its loss. Use more ranks."

@@ -180,7 +180,8 @@ class TrainConfig:
     """'auto' (the run folder's checkpoint, if any; an error where numbered runs of the name make it ambiguous) or a checkpoint file:
     everything is restored."""
     init_from: str = ""
-    """Checkpoint whose weights start a new run; optimizer, schedules and step start afresh."""
+    """Checkpoint whose weights start a new run; optimizer, schedules and step start afresh. With --train.resume auto: unless the run has
+    a checkpoint of its own."""
     max_bad_steps: int = 20
     """Stop with a dump after this many consecutive steps with non-finite gradients (each is skipped and counted)."""
 

@@ -110,6 +110,17 @@ def test_sigterm_saves_and_auto_resumes(beton_data: Path, tmp_path: Path):
     assert [r["step"] for r in read_jsonl(log)] == list(range(1, step + 3))
 
 
+@pytest.mark.slow
+def test_a_requeued_run_starts_from_weights_once(beton_data: Path, tmp_path: Path, trained: Path):
+    """As under Slurm, where every start has --train.resume auto: the first takes the weights, the next its own checkpoint."""
+    flags = ("--preset", "lewel_mini", *SMALL, "--data.path", str(beton_data), "--eval.knn-every-epochs", "0", "--log.pictures", "False")
+    flags += ("--train.resume", "auto", "--train.init-from", str(trained / "checkpoint_last.pt"))
+    for until in (1, 2):
+        done = run_train(*flags, "--train.epochs", "2", "--train.max-steps", str(until), cwd=tmp_path)
+        assert done.returncode == 0 and f"step {until - 1} -> {until}" in done.stderr, done.stderr
+    assert [r["step"] for r in read_jsonl(tmp_path / "runs/lewel_mini/metrics.jsonl")] == [1, 2]
+
+
 def wait_for_step(log: Path, step: int, process: subprocess.Popen, timeout: float = 120) -> None:
     end = time.monotonic() + timeout
     while not any(r["step"] >= step for r in read_jsonl(log)):

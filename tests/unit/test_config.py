@@ -147,7 +147,7 @@ def test_unknown_flag_suggests(capsys):
         (["--optim.clip-grad", "-1"], 1, "clip-grad"),
         (["--optim.min-lr", "0.1"], 1, "schedule dino"),
         (["--train.epochs", "0"], 1, "--train.epochs"),
-        (["--train.resume", "auto", "--train.init-from", "x"], 1, "only one"),
+        (["--train.resume", "x", "--train.init-from", "x"], 1, "only one"),
         (["--train.global-batch-size", "8"], 8, "at least two images"),
     ],
 )
@@ -155,6 +155,12 @@ def test_impossible_configurations(flags: list[str], world: int, says: str):
     cfg, _ = cli.parse_cli(["--method", "lewel", *flags])
     with pytest.raises(ConfigError, match=says):
         cli.check(cfg, world)
+
+
+def test_weights_to_start_from_go_with_resuming_automatically():
+    """The Slurm scripts always pass --train.resume auto."""
+    cfg, _ = cli.parse_cli(["--method", "lewel", "--train.resume", "auto", "--train.init-from", "x"])
+    assert cli.check(cfg, world=8) == []
 
 
 def test_choices_are_those_of_the_loaders():
