@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fastssl.config import to_dict
+from fastssl.config import AdamW, to_dict
 
 if TYPE_CHECKING:
     from fastssl.engine import State
@@ -134,7 +134,8 @@ def atomic_save(value: dict, path: Path) -> None:
 def check_free_space(state: State, folder: Path) -> None:
     """Raise CheckpointError before the first step when two checkpoints would not fit."""
     weights = sum(t.numel() * t.element_size() for t in state.method.state_dict().values())
-    need = 2 * (weights + sum(p.numel() * p.element_size() for p in state.method.parameters() if p.requires_grad))
+    moments = 2 if isinstance(state.cfg.optim, AdamW) else 1
+    need = 2 * (weights + moments * sum(p.numel() * p.element_size() for p in state.method.parameters() if p.requires_grad))
     free = shutil.disk_usage(folder).free
     if free < need:
         raise CheckpointError(

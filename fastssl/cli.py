@@ -89,13 +89,27 @@ def check(cfg: RunConfig, world: int) -> list[str]:
         "--log.every-steps": cfg.log.every_steps,
         "--log.checkpoint-every-epochs": cfg.log.checkpoint_every_epochs,
         "--efficiency.prefetch": cfg.efficiency.prefetch,
+        "--train.max-steps": 1 if t.max_steps is None else t.max_steps,
+        "--train.max-bad-steps": t.max_bad_steps,
+        "--eval.knn-k": min(cfg.eval.knn_k, default=0),
     }
     for flag, value in positive.items():
         if value < 1:
             raise ConfigError(f"{flag} must be at least 1, got {value}.")
+    if not 0 <= t.ema_momentum <= 1:
+        raise ConfigError(f"--train.ema-momentum must be between 0 and 1, got {t.ema_momentum}.")
     if not math.isfinite(o.base_lr) or o.base_lr <= 0:
         raise ConfigError(f"--optim.base-lr must be positive, got {o.base_lr}.")
-    for flag, value in {"--optim.min-lr": o.min_lr, "--optim.clip-grad": o.clip_grad}.items():
+    not_negative = {
+        "--optim.min-lr": o.min_lr,
+        "--optim.clip-grad": o.clip_grad,
+        "--optim.weight-decay": o.weight_decay,
+        "--optim.weight-decay-end": o.weight_decay_end or 0,
+        "--log.keep-every": cfg.log.keep_every,
+        "--eval.knn-every-epochs": cfg.eval.knn_every_epochs,
+        "--efficiency.workers": cfg.efficiency.workers,
+    }
+    for flag, value in not_negative.items():
         if not math.isfinite(value) or value < 0:
             raise ConfigError(f"{flag} must not be negative, got {value}.")
     if o.min_lr and o.schedule != "dino":

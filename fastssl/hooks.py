@@ -111,8 +111,8 @@ class Checkpointer(Hook):
 
     def after_step(self, state: State) -> None:
         epoch, rest = divmod(state.step, state.steps_per_epoch)
-        if rest == 0 and epoch % self.every_epochs == 0:
-            self.keep |= self.keep_every > 0 and epoch % self.keep_every == 0
+        self.keep |= rest == 0 and self.keep_every > 0 and epoch % self.keep_every == 0
+        if rest == 0 and (self.keep or epoch % self.every_epochs == 0):
             self.save(state)
         elif self.late:
             self.save(state)

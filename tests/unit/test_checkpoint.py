@@ -110,6 +110,16 @@ def test_little_space_is_noticed_before_the_first_step(tmp_path: Path, monkeypat
         checkpoint.check_free_space(new_state(), tmp_path)
 
 
+def test_adamw_needs_more_space(tmp_path: Path, monkeypatch):
+    """It keeps two values a weight."""
+    state = new_state(optim=AdamW(base_lr=0.1))
+    step(state)
+    size = checkpoint.save(state, tmp_path).stat().st_size
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * size * 0.9))
+    with pytest.raises(CheckpointError, match="--log.dir"):
+        checkpoint.check_free_space(state, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -192,6 +202,18 @@ def test_the_exported_backbone_says_what_it_is(tmp_path: Path):
     state = new_state("dino_mini")
     metadata = checkpoint.description(state)
     assert {k: metadata[k] for k in ("method", "network", "mean")} == {"method": "dino", "network": "target", "mean": "0.485 0.456 0.406"}
+
+
+@pytest.mark.parametrize(("every", "keep_every", "kept", "last"), [(4, 2, [2], 6), (2, 3, [3], 9), (1, 0, [], 9)])
+def test_numbered_copies_do_not_depend_on_the_other_checkpoints(every: int, keep_every: int, kept: list[int], last: int, tmp_path: Path):
+    """After three epochs of 3 steps."""
+    state, hook = new_state(), hooks.Checkpointer(tmp_path, every_epochs=every, keep_every=keep_every)
+    hook.start(state)
+    for _ in range(9):
+        step(state)
+        hook.after_step(state)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint_ep*")) == [f"checkpoint_ep{epoch:04d}.pt" for epoch in kept]
+    assert saved_step(tmp_path) == last
 
 
 def trained(folder: Path, bad_steps: set[int], steps: int, *, finish: bool = False) -> State:
