@@ -53,6 +53,8 @@ def contents(state: State) -> dict:
         "versions": versions(),
         "step": state.step,
         "steps_per_epoch": state.steps_per_epoch,
+        "data": state.data,
+        "samples": state.samples,
         "backbone_prefix": method.backbone_prefix,
         "target_backbone_prefix": method.target_backbone_prefix,
         "evaluated": method.evaluated,
@@ -165,6 +167,21 @@ def check_method(saved: dict, path: Path, name: str) -> None:
         )
 
 
+def check_data(state: State, saved: dict, path: Path) -> None:
+    """CheckpointError when both sides know their data and these differ: steps would take other images, some twice and some never."""
+    before, now = saved.get("samples", 0), state.samples
+    if before and now and before != now:
+        difference = f"{before} images, this run has {now}"
+    elif saved.get("data") and state.data and saved["data"] != state.data:
+        difference = f"other images{f' (also {now})' if now else ''}, or the same in another order"
+    else:
+        return
+    raise CheckpointError(
+        f"{path} was written by a run on {difference}. Give it the same --data.path and --data.subset, or start a new run from its "
+        f"weights with --train.init-from."
+    )
+
+
 def load_weights(method: torch.nn.Module, saved: dict, path: Path) -> None:
     try:
         method.load_state_dict(saved["model"])
@@ -207,6 +224,7 @@ def restore(state: State, path: Path) -> None:
             f"{path} was written with {saved['steps_per_epoch']} steps per epoch, this run has {state.steps_per_epoch}: data set or "
             f"--train.global-batch-size differ. Resume with the same data and batch, or use --train.init-from for a new run."
         )
+    check_data(state, saved, path)
     load_weights(state.method, saved, path)
     load_optimizer(state, saved, path)
     # The scale of another type says nothing about the one that fp16 needs; other types keep theirs, 1.

@@ -83,6 +83,10 @@ class State:
     """Whether the first steps compile."""
     step: int = 0
     """Optimizer steps done."""
+    data: str = ""
+    """What identifies the training data and their order of storage; empty: unknown."""
+    samples: int = 0
+    """Training images; 0: unknown."""
     metrics: Metrics = field(default_factory=Metrics)
     record: Record | None = None
     """The log record of this step; None between log steps."""

@@ -149,6 +149,34 @@ def test_what_does_not_fit_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("before", "now", "says"),
+    [
+        (("a", 48), ("b", 52), "48 images, this run has 52"),
+        (("", 48), ("b", 52), "48 images, this run has 52"),
+        (("a", 48), ("b", 48), r"other images \(also 48\).*--train.init-from"),
+        (("a", 0), ("b", 0), "other images, or"),
+        (("a", 48), ("a", 48), ""),
+        (("a", 48), ("", 0), ""),
+        (None, ("b", 52), ""),
+    ],
+)
+def test_other_data_is_refused(before: tuple[str, int] | None, now: tuple[str, int], says: str, tmp_path: Path):
+    """Checkpoints that do not know their data are resumed."""
+    state, resumed = new_state(), new_state()
+    state.data, state.samples = before or ("", 0)
+    resumed.data, resumed.samples = now
+    path = checkpoint.save(state, tmp_path)
+    if before is None:  # an older checkpoint
+        saved = checkpoint.load(path)
+        torch.save({k: v for k, v in saved.items() if k not in ("data", "samples")}, path)
+    if says:
+        with pytest.raises(CheckpointError, match=says):
+            checkpoint.restore(resumed, path)
+    else:
+        checkpoint.restore(resumed, path)
+
+
+@pytest.mark.parametrize(
     ("optim", "changed"),
     [
         (Lars(base_lr=0.1), {"sgd_momentum": 0.3, "exclude": ("bias",)}),  # BatchNorm moves into the adapted group
