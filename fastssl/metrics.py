@@ -122,7 +122,8 @@ class Metrics:
 class RunLog:
     """metrics.jsonl (always) and TensorBoard event files of one run; only the main rank writes.
 
-    A resumed run continues its metrics.jsonl: lines after the checkpoint's step belong to the interrupted end and are dropped.
+    A resumed run continues its metrics.jsonl: lines after the checkpoint's step belong to the interrupted end and are dropped; one that
+    starts anew in a used folder drops them all.
     """
 
     def __init__(self, folder: Path, *, from_step: int):
@@ -134,7 +135,7 @@ class RunLog:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self.path)
         self._file = self.path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1 if from_step else None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1 if from_step else 0)
 
     def write(self, record: Record) -> None:
         # JSON has no NaN: a reader gets null.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastssl import hooks
-from fastssl.metrics import Metrics
+from fastssl.metrics import Metrics, RunLog, read_jsonl
 from fastssl.presets import PRESETS
 
 
@@ -65,3 +65,20 @@ def test_more_skipped_steps_than_normal_are_told(dtype: torch.dtype, step: int, 
     state.record = {"train/skipped_steps": 100.0 + skipped, "train/bad_run": 0.0}
     hook.after_step(state)
     assert [r.levelname for r in caplog.records] == ["WARNING"] * warned
+
+
+@pytest.mark.parametrize(("from_step", "expected"), [(0, [(0, 7.0), (2, 8.0)]), (2, [(0, 1.0), (2, 2.0), (4, 8.0)])])
+def test_a_used_folder_shows_one_run(from_step: int, expected: list[tuple[int, float]], tmp_path):
+    """In metrics.jsonl and as TensorBoard reads its files: what the interrupted run wrote after `from_step` is gone."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = [(0, 1.0), (2, 2.0), (4, 3.0)]
+    for start, lines in ((0, first), (from_step, [line for line in expected if line not in first])):
+        runlog = RunLog(tmp_path, from_step=start)
+        for step, value in lines:
+            runlog.write({"step": step, "eval/top1": value})
+        runlog.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("eval/top1")] == expected
+    assert [(r["step"], r["eval/top1"]) for r in read_jsonl(tmp_path / "metrics.jsonl")] == expected
