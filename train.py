@@ -118,6 +118,7 @@ def build_hooks(cfg: RunConfig, dist: Dist, folder: Path, dtype: torch.dtype, *,
             normalisation=cfg.views[0].photometric,
             dtype=dtype,
             backend=cfg.efficiency.loader,
+            workers=cfg.efficiency.workers,
         )
         chosen.append(hooks.OnlineEvaluation(knn, progress.write, every_epochs=e.knn_every_epochs))
     chosen.append(hooks.Checkpointer(folder, every_epochs=cfg.log.checkpoint_every_epochs, keep_every=cfg.log.keep_every))

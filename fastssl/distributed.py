@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastssl.config import ConfigError
+
 
 @dataclass(frozen=True)
 class Dist:
@@ -55,12 +57,17 @@ def session(device: str = "auto") -> Iterator[Dist]:
     """The process group of torchrun's environment (NCCL with CUDA, gloo on a CPU), or this process alone.
 
     The group is torn down on the way out; after an error it is left to torchrun, which ends the other ranks: a rank that
-    waits in a collective would never reach a tear-down.
+    waits in a collective would never reach a tear-down.  ConfigError when there are more ranks than GPUs.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     use_cuda = torch.cuda.is_available() and device != "cpu"
     if use_cuda:
+        if local_world > (gpus := torch.cuda.device_count()):
+            raise ConfigError(
+                f"{local_world} ranks on a machine that shows {gpus} GPUs: each rank needs one. Take torchrun --nproc-per-node {gpus}, or "
+                f"see what CUDA_VISIBLE_DEVICES hides."
+            )
         torch.cuda.set_device(local_rank)
     here = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if world > 1:

@@ -70,6 +70,7 @@ class Progress(Hook):
             if state.compiled:
                 folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "a temporary folder; TORCHINDUCTOR_CACHE_DIR sets one that stays")
                 log.info(f"first step after {seconds:.0f} s, most of it compilation; kernels are kept in {folder}")
+                state.metrics.restart_clock()
         if self.bar is not None:
             self.bar.update()
         if state.record is None:

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train
 from fastssl import hooks
+from fastssl.distributed import Dist
 from fastssl.metrics import Metrics, RunLog, read_jsonl
 from fastssl.presets import PRESETS
 
@@ -34,6 +36,8 @@ def test_garbage_is_collected_at_set_steps_only(monkeypatch):
 def test_the_time_of_a_first_step_that_compiles_is_told_once(compiled: bool, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
     state = SimpleNamespace(dist=SimpleNamespace(is_main=True), step=0, total_steps=9, compiled=compiled, record=None)
+    state.metrics, restarted = Metrics(), []
+    monkeypatch.setattr(state.metrics, "restart_clock", lambda: restarted.append(True))
     progress = hooks.Progress(tmp_path)
     with caplog.at_level(logging.INFO, "fastssl"):
         progress.start(state)
@@ -41,6 +45,7 @@ def test_the_time_of_a_first_step_that_compiles_is_told_once(compiled: bool, tmp
             progress.after_step(state)
     progress.close()
     assert [("first step after" in m, m.endswith("/somewhere")) for m in caplog.messages] == [(True, True)] * compiled
+    assert restarted == [True] * compiled  # rates and the remaining time leave it out
 
 
 @pytest.mark.parametrize(
@@ -82,3 +87,12 @@ def test_a_used_folder_shows_one_run(from_step: int, expected: list[tuple[int, f
     board.Reload()
     assert [(e.step, e.value) for e in board.Scalars("eval/top1")] == expected
     assert [(r["step"], r["eval/top1"]) for r in read_jsonl(tmp_path / "metrics.jsonl")] == expected
+
+
+def test_online_knn_reads_with_the_decoder_threads_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "has_split", lambda path, split: True)
+    cfg = PRESETS["byol_mini"]()
+    cfg = replace(cfg, eval=replace(cfg.eval, knn_every_epochs=1), efficiency=replace(cfg.efficiency, workers=3))
+    chosen = train.build_hooks(cfg, Dist(0, 1, 0, 1, torch.device("cpu")), tmp_path, torch.float32, labelled=True)
+    (online,) = (hook for hook in chosen if isinstance(hook, hooks.OnlineEvaluation))
+    assert online.evaluate.keywords["workers"] == 3
