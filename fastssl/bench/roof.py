@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from fastssl.bench.augment_clock import samples
 from fastssl.bench.training import Rank
+from fastssl.method import Method
 from fastssl.models.resnet import ResNet
 from fastssl.precision import autocast
 
@@ -82,7 +85,7 @@ class Call:
 
 @dataclass
 class Recorded:
-    """One step of a rank, computed eagerly, forward and backward."""
+    """One step of a rank, forward and backward."""
 
     student: list[Call]
     target: list[Call]
@@ -95,25 +98,51 @@ class Recorded:
         return sum(c.moved() for c in calls) if all(isinstance(c.module, ResNet) for c in calls) else None
 
 
-def record(rank: Rank) -> Recorded:
-    """Run the method's forward and backward pass once, not compiled, and look on.  Gradients are dropped."""
+def record(rank: Rank, *, inputs: bool = False) -> Recorded:
+    """Look on at a forward and a backward pass of the method, not compiled, on fake tensors: they have shapes and no memory, so that
+    what fits when it is trained, compiled and with fused attention, can be counted.
+
+    inputs: the calls are given the tensors that the method gives them, by another forward pass, without gradients; else fakes.
+    """
     state, method = rank.state, rank.state.method
     sched = state.schedules.at(state.step)
-    student = method.get_submodule(method.backbone_prefix.rstrip("."))
-    target = method.get_submodule(method.target_backbone_prefix.rstrip(".")) if method.target_backbone_prefix else None
-    calls: list[Call] = []
-    counter = FlopCounterMode(display=False)
+    views = method.arrange(rank.views, sched)
+    fake, counter = FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False)
+    tensors = {name: fake.from_tensor(t) for name, t in (*method.named_parameters(), *method.named_buffers())}
     with ExitStack() as stack:
-        for handle in (h for backbone in (student, target) if backbone is not None for h in _watch(backbone, calls)):
-            stack.callback(handle.remove)
+        calls = stack.enter_context(_watched(method))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         # The plain formula of attention: fused kernels are not counted on every device, and may compute things twice.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        with counter:
-            with autocast(state.dist.device, state.dtype):
-                loss = method.forward(method.arrange(rank.views, sched), sched).loss
-            loss.backward()
-    state.optimizer.zero_grad(set_to_none=True)
+        stack.enter_context(fake)
+        stack.enter_context(counter)
+        with autocast(state.dist.device, state.dtype):
+            loss = functional_call(method, tensors, (views, sched)).loss
+        loss.backward()
+    if inputs:
+        with _watched(method) as real, torch.no_grad(), autocast(state.dist.device, state.dtype):
+            method.forward(views, sched)
+        calls = [replace(c, args=r.args, kwargs=r.kwargs) for c, r in zip(calls, real, strict=True)]
+    student, target = _backbones(method)
     return Recorded([c for c in calls if c.module is student], [c for c in calls if c.module is target], float(counter.get_total_flops()))
+
+
+def _backbones(method: Method) -> tuple[nn.Module, nn.Module | None]:
+    """Student and target."""
+    target = method.target_backbone_prefix
+    return method.get_submodule(method.backbone_prefix.rstrip(".")), method.get_submodule(target.rstrip(".")) if target else None
+
+
+@contextmanager
+def _watched(method: Method) -> Iterator[list[Call]]:
+    """The calls of its backbones, which are listed as they happen."""
+    calls: list[Call] = []
+    handles = [h for backbone in _backbones(method) if backbone is not None for h in _watch(backbone, calls)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _watch(backbone: nn.Module, calls: list[Call]) -> Iterator[torch.utils.hooks.RemovableHandle]:

@@ -139,7 +139,7 @@ def measured(
         torch.cuda.synchronize()
     first_step_s = time.perf_counter() - start
     of_step = {"graphs": graphs(), "graph_breaks": sum(counters["graph_break"].values())}
-    recorded = record(rank)
+    recorded = record(rank, inputs=parts)
     runs = prefixes(rank, recorded) if parts else whole(rank)
     say("warming up")
     for _ in range(warmup):

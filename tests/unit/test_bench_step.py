@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock
 
 from fastssl.bench import kernels, roof, step, step_report, train
 from fastssl.bench.step_plot import save_plot
-from fastssl.bench.training import per_rank
+from fastssl.bench.training import one_rank, per_rank
 from fastssl.config import ConfigError
+from fastssl.distributed import Dist
 from fastssl.models.backbones import RESNETS, build_backbone
 from fastssl.presets import PRESETS
 from loaders.errors import DataError
@@ -103,6 +106,24 @@ def test_traffic_of_a_resnet50():
         handle.remove()
     assert [round(2 * c.moved() / 1e6) for c in calls] == [353, 121, 55]
     assert [(c.grad, c.training) for c in calls] == [(True, True), (False, True), (False, False)]
+
+
+def test_a_step_is_counted_without_being_computed():
+    """As many operations as its plain pass has, and nothing of it stays; a million images take no memory."""
+    rank = one_rank(PRESETS["lewel_mini"](), Dist(0, 1, 0, 1, CPU), 4)
+    method, sched, (group,) = rank.state.method, rank.state.schedules.at(0), rank.views.groups
+    before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    found = roof.record(rank)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
+    assert all(p.grad is None for p in method.parameters())
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        method.forward(rank.views, sched).loss.backward()
+    assert found.flops == counter.get_total_flops() > 0
+    with_inputs = roof.record(rank, inputs=True)
+    assert with_inputs.moved() == found.moved() > 0
+    assert torch.equal(with_inputs.student[0].args[0], group.pixels[: len(with_inputs.student[0].args[0])])
+    rank.views = replace(rank.views, groups=(replace(group, pixels=group.pixels[:1].expand(2_000_000, -1, -1, -1)),))
+    assert roof.record(rank).flops > 1e5 * found.flops
 
 
 def test_datasheets():
