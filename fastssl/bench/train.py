@@ -6,7 +6,7 @@ Five rates in source images a second, in turns, by the clock on the wall:
     loader + augment      the same and the views of them
     step                  the engine's step on views that stay on the device
     augment + step        the same with the views made anew in every step, from images that stay on the device
-    end to end            `fastssl.engine.fit`, the loop of train.py, without checkpoints and evaluations
+    end to end            `fastssl.engine.fit`, the loop of train.py, without its log, checkpoints and evaluations
 
 The images that stay are a batch of the data set, so that everybody has images of its sizes.  Data stall (Mohan et al., VLDB 2021,
 arXiv 2007.06775): the share of the end-to-end time that "augment + step" does not take.  A loop's own wait for data is no measure of
@@ -35,11 +35,11 @@ from fastssl.batch import ImageBatch
 from fastssl.bench.augment_report import device_name
 from fastssl.bench.plot import BOUND, COLD, OTHERS, WARM, Bar, draw_bars
 from fastssl.bench.report import cpu_name, write
-from fastssl.bench.training import Rank, named, one_rank, per_rank
+from fastssl.bench.training import Rank, collector_resting, named, one_rank, per_rank
 from fastssl.checkpoint import versions
 from fastssl.config import RunConfig
 from fastssl.distributed import Dist, session
-from fastssl.engine import State, compiles, fit, train_step
+from fastssl.engine import State, fit, train_step
 from fastssl.hooks import Hook
 from loaders.build import TrainLoader, build_loader
 from loaders.errors import DataError
@@ -93,20 +93,21 @@ def timed(run: Callable[[], object], dist: Dist, *, warmup: int, steps: int) -> 
 def one_round(rank: Rank, loader: TrainLoader, *, warmup: int, steps: int) -> dict[str, float]:
     """Images/s of everything once."""
     state, seconds = rank.state, {}
-    for name, work in {"loader": lambda batch: batch, "loader + augment": rank.augment}.items():
-        with closing(loader.from_step(0)) as batches:
-            # What was decoded ahead is not counted.
-            seconds[name] = timed(lambda work=work: work(next(batches)), state.dist, warmup=warmup + 4, steps=steps)  # noqa: B023
-    runs = {
-        "step": lambda: train_step(state, [rank.views]),
-        "augment + step": lambda: train_step(state, [rank.augment(rank.images)]),
-    }
-    for name, run in runs.items():
-        seconds[name] = timed(run, state.dist, warmup=warmup, steps=steps)
-    window = Window(state.step + warmup)
-    state.cfg = replace(state.cfg, train=replace(state.cfg.train, max_steps=state.step + warmup + steps))
-    fit(state, loader, rank.augment, [window])
-    seconds["end to end"] = window.seconds
+    with collector_resting(state) as collector:
+        for name, work in {"loader": lambda batch: batch, "loader + augment": rank.augment}.items():
+            with closing(loader.from_step(0)) as batches:
+                # What was decoded ahead is not counted.
+                seconds[name] = timed(lambda work=work: work(next(batches)), state.dist, warmup=warmup + 4, steps=steps)  # noqa: B023
+        runs = {
+            "step": lambda: train_step(state, [rank.views]),
+            "augment + step": lambda: train_step(state, [rank.augment(rank.images)]),
+        }
+        for name, run in runs.items():
+            seconds[name] = timed(run, state.dist, warmup=warmup, steps=steps)
+        window = Window(state.step + warmup)
+        state.cfg = replace(state.cfg, train=replace(state.cfg.train, max_steps=state.step + warmup + steps))
+        fit(state, loader, rank.augment, [window, collector])
+        seconds["end to end"] = window.seconds
     return {name: steps * rank.batch / s for name, s in seconds.items()}
 
 
@@ -143,7 +144,8 @@ def measure(cfg: RunConfig, dist: Dist, *, batch: int, rounds: int, steps: int, 
         "batch": batch,
         "sizes": " + ".join(f"{len(g.views)}x{g.pixels.shape[-1]}" for g in rank.views.groups),
         "dtype": str(rank.state.dtype).removeprefix("torch."),
-        "compiled": compiles(rank.state.cfg, dist.device),
+        "compiled": rank.state.compiled,
+        "cuda_graphs": e.cuda_graphs,
         "backend": loader.backend,
         "workers": loader.workers,
         "images_per_s": rates,
@@ -175,7 +177,7 @@ def binds(rates: dict[str, float], stall: float, augment: float, device_type: st
 def table(r: dict) -> str:
     """The result for a terminal."""
     ranks = f"{r['ranks']} ranks x " if r["ranks"] > 1 else ""
-    how = f"{r['dtype']}{', compiled' * r['compiled']}"
+    how = f"{r['dtype']}{', compiled' * r['compiled']}{', CUDA graphs' * r['cuda_graphs']}"
     lines = [
         f"{r['device']}; {r['cores']} cores of {r['cpu']}; {r['preset']}: {r['arch']}, {ranks}{r['batch']} images x ({r['sizes']}), {how}",
         f"{r['path']}, loader {r['backend']} with {r['workers']} threads; medians of {r['rounds']} rounds of {r['steps']} steps",
@@ -209,6 +211,9 @@ def bench(
     path: str = "",
     batch: int = 0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    compile: Literal["auto", "on", "off"] = "auto",
+    cuda_graphs: bool = False,
     rounds: int = 3,
     steps: int = 0,
     warmup: int = 0,
@@ -222,6 +227,7 @@ def bench(
         path: Data set, as --data.path of train.py; default: the preset's.
         batch: Images of a rank; 0: as published, where that is not known the global batch over 8 ranks; on a CPU at most 8.
         device: Where; auto: CUDA if there is one.
+        dtype: As --efficiency.dtype of train.py; compile and cuda-graphs alike.
         rounds: Turns that everything takes; medians are reported.
         steps: Timed steps of a turn; 0: 100 on CUDA, 4 on a CPU.
         warmup: Steps before; 0: 20 on CUDA, 1 on a CPU.
@@ -233,7 +239,8 @@ def bench(
         raise DataError("Nothing would be measured. Give --rounds of at least 1, --batch, --steps, --warmup and --workers of at least 0.")
     if device == "cuda" and not torch.cuda.is_available():
         raise DataError("This torch reaches no CUDA device. Take --device cpu; `make report` says what is missing.")
-    cfg = replace(cfg, data=replace(cfg.data, path=path or cfg.data.path), efficiency=replace(cfg.efficiency, workers=workers))
+    efficiency = replace(cfg.efficiency, workers=workers, dtype=dtype, compile=compile, cuda_graphs=cuda_graphs)
+    cfg = replace(cfg, data=replace(cfg.data, path=path or cfg.data.path), efficiency=efficiency)
     with session(device) as dist:
         where = dist.device
         batch = batch or per_rank(cfg, where)
@@ -244,6 +251,7 @@ def bench(
         if not dist.is_main:
             return
         flags = f"--preset {preset} --path {shlex.quote(cfg.data.path)} --batch {batch} --device {where.type} --workers {workers}"
+        flags += f" --dtype {dtype} --compile {compile}" + " --cuda-graphs" * cuda_graphs
         result = {
             "command": f"python -m fastssl.bench train {flags} --rounds {rounds} --steps {steps} --warmup {warmup}",
             "date": time.strftime("%Y-%m-%d"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +14,7 @@ from fastssl.bench.augment_work import material
 from fastssl.config import RunConfig
 from fastssl.distributed import Dist
 from fastssl.engine import State, prepare
+from fastssl.hooks import GarbageCollection
 from fastssl.methods import build_method
 from fastssl.presets import PRESETS
 from loaders.errors import DataError
@@ -62,5 +65,23 @@ def one_rank(cfg: RunConfig, dist: Dist, batch: int, images: ImageBatch | None =
     torch.manual_seed(cfg.train.seed)
     state = prepare(build_method(cfg), cfg, dist, STEPS_PER_EPOCH)
     images = material(cfg.views, batch, dist.device).batch if images is None else images
-    augment = Augmenter(cfg.views, device=dist.device, dtype=state.dtype, seed=cfg.train.seed, channels_last=cfg.efficiency.channels_last)
+    augment = Augmenter(
+        cfg.views,
+        device=dist.device,
+        dtype=state.dtype,
+        seed=cfg.train.seed,
+        channels_last=cfg.efficiency.channels_last,
+        compile=state.compiled and dist.device.type == "cuda",
+    )
     return Rank(state, images, augment, augment(images))
+
+
+@contextmanager
+def collector_resting(state: State) -> Iterator[GarbageCollection]:
+    """Python's collector as train.py has it while it trains; yields the hook that `fit` takes."""
+    hook = GarbageCollection()
+    hook.start(state)
+    try:
+        yield hook
+    finally:
+        hook.close()

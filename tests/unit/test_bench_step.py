@@ -1,7 +1,9 @@
 """The benches of a training step: what they measure, count and calculate, and what is made of the numbers."""
 
+import gc
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock
 
-from fastssl.bench import kernels, roof, step, step_report, train
+from fastssl.bench import kernels, roof, step, step_report, train, training
 from fastssl.bench.step_plot import save_plot
 from fastssl.bench.training import one_rank, per_rank
 from fastssl.config import ConfigError
 from fastssl.distributed import Dist
+from fastssl.hooks import GarbageCollection
 from fastssl.models.backbones import RESNETS, build_backbone
 from fastssl.presets import PRESETS
 from loaders.errors import DataError
@@ -206,6 +209,34 @@ def test_what_binds_training(loader: float, real: float, stall: float, text: str
     assert train.binds({"loader": loader, "end to end": real}, stall, 0.2, "cpu").startswith(text)
 
 
+# ------------------------------------------------------------------------------------------------ as train.py has it
+
+
+def test_pythons_collector_rests_in_every_stage(monkeypatch):
+    collecting = []
+
+    def fit(state, loader, augment, hooks):
+        collecting.append(gc.isenabled())
+        assert any(isinstance(hook, GarbageCollection) for hook in hooks)
+        hooks[0].seconds = 1.0
+
+    monkeypatch.setattr(train, "timed", lambda *args, **numbers: collecting.append(gc.isenabled()) or 1.0)
+    monkeypatch.setattr(train, "fit", fit)
+    state = SimpleNamespace(step=0, cfg=PRESETS["byol_mini"](), dist=None)
+    rank = SimpleNamespace(state=state, batch=1, augment=None)
+    train.one_round(rank, SimpleNamespace(from_step=lambda step: (x for x in ())), warmup=0, steps=1)
+    assert collecting == [False] * len(train.RATES) and gc.isenabled()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_colours_are_compiled_as_the_network_is(compiled: bool, monkeypatch):
+    made = {}
+    monkeypatch.setattr(training, "prepare", lambda *args: SimpleNamespace(dtype=torch.bfloat16, compiled=compiled))
+    monkeypatch.setattr(training, "Augmenter", lambda views, **how: made.update(how) or (lambda images: None))
+    training.one_rank(PRESETS["byol_mini"](), Dist(0, 1, 0, 1, CUDA), 4, images=())
+    assert made["compile"] is compiled and made["dtype"] is torch.bfloat16
+
+
 # ------------------------------------------------------------------------------------------------ what is asked for
 
 
@@ -231,9 +262,10 @@ def test_refusals(bench):
 
 @pytest.mark.slow
 def test_training_from_a_file(tmp_path, beton_data, capsys):
-    train.bench("lewel_mini", path=str(beton_data), batch=4, device="cpu", rounds=2, steps=2, workers=1, out=tmp_path)
+    train.bench("lewel_mini", path=str(beton_data), batch=4, device="cpu", dtype="fp32", rounds=2, steps=2, workers=1, out=tmp_path)
     result = json.loads((tmp_path / "train_lewel_mini.json").read_text())
     assert set(result["images_per_s"]) == set(train.RATES)
+    assert result["dtype"] == "float32" and "--dtype fp32 --compile auto" in result["command"]
     assert all(len(rates) == 2 and min(rates) > 0 for rates in result["images_per_s_rounds"].values())
     assert result["images_per_s"]["loader"] > result["images_per_s"]["end to end"]
     assert 0 <= result["data_stall"] < 1 and (tmp_path / "train_lewel_mini.png").exists()
