@@ -19,8 +19,8 @@ import torch
 
 from benchmarks.reference_step import REFERENCES, plain_views
 from fastssl.bench.augment_clock import samples
-from fastssl.bench.augment_report import device_name
-from fastssl.bench.report import slug, write_json
+from fastssl.bench.files import write_json
+from fastssl.bench.machine import device_name, slug
 from fastssl.bench.training import one_rank
 from fastssl.checkpoint import versions
 from fastssl.config import EfficiencyConfig, RunConfig

@@ -33,6 +33,7 @@ from torchvision.models import resnet18
 from fastssl.bench import recipe, report
 from fastssl.bench.clock import settle
 from fastssl.bench.data import measured_ids, prepare
+from fastssl.bench.machine import cpu_name
 from fastssl.checkpoint import versions
 from loaders.geometry import Geometry
 from loaders.open import open_decoder
@@ -316,7 +317,7 @@ def main() -> None:
     if args.out:
         name = report.file(args.out).name.replace("loader_", "loader_process_", 1)
         setting = {"workers": args.workers, "seconds": args.seconds, "data": material.origin, "form": material.variants[0].name}
-        machine = {"cpu": report.cpu_name(), "cores": cores, "device": str(DEVICE), "versions": versions()}
+        machine = {"cpu": cpu_name(), "cores": cores, "device": str(DEVICE), "versions": versions()}
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / name).write_text(json.dumps({**setting, **machine, "rows": rows}, indent=1) + "\n")
         print(args.out / name)

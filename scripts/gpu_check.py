@@ -20,7 +20,8 @@ import torch
 
 from convert.imagenet import convert_imagenet
 from convert.tiles import write_tiles
-from fastssl.bench.report import slug, write_json
+from fastssl.bench.files import write_json
+from fastssl.bench.machine import slug
 from fastssl.checkpoint import versions
 from scripts.demo import DATA
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from fastssl.bench.report import write
+from fastssl.bench.files import write
 from fastssl.bench.roof import PEAKS, datasheet
 from fastssl.bench.step_report import costs, title
 from fastssl.methods import build_method

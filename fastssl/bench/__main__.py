@@ -12,7 +12,7 @@ from fastssl.config import ConfigError
 from loaders.errors import DataError
 
 BENCHES = ("augment", "gram", "knn", "loader", "montage", "step", "train")
-"""Modules with a function `bench`.  Only the one that is asked for is imported: no bench needs what another one measures."""
+"""Modules with a function `bench`.  Only the one that is asked for is imported; none imports another."""
 
 
 def main() -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -28,8 +27,9 @@ from fastssl.bench.augment_plot import save_plot
 from fastssl.bench.augment_rivals import RIVALS, Unfit
 from fastssl.bench.augment_step import step_share
 from fastssl.bench.augment_work import SEED, Material, Run, Task, material
+from fastssl.bench.files import write
+from fastssl.bench.machine import one_thread
 from fastssl.bench.parity import Error, parity
-from fastssl.bench.report import write
 from fastssl.engine import resolve_dtype
 from fastssl.presets import PRESETS
 from fastssl.recipes import center_crop
@@ -186,17 +186,6 @@ def measure(
 def dtype_on(device: torch.device) -> torch.dtype:
     """Of the views: what training takes on CUDA; float32, which all libraries hand out, on a CPU."""
     return torch.float32 if device.type == "cpu" else resolve_dtype("auto", device)
-
-
-@contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """Everything on one core, if the device is a CPU."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if device.type == "cpu" else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def errors(device: torch.device, images: int) -> dict[str, Error]:

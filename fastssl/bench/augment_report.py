@@ -15,8 +15,8 @@ import torch
 
 from fastssl.bench.augment_rivals import RIVALS
 from fastssl.bench.augment_work import PER, SOURCE
+from fastssl.bench.machine import device_name, slug
 from fastssl.bench.parity import Error
-from fastssl.bench.report import cpu_name, slug
 from fastssl.checkpoint import versions
 
 if TYPE_CHECKING:
@@ -114,10 +114,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def binds(rows: list[dict], device_type: str) -> str:

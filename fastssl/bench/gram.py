@@ -8,13 +8,9 @@ inside operations included.  Then, calculated, what each rank computes, exchange
 
 from __future__ import annotations
 
-import json
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -22,12 +18,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from fastssl.bench.augment import one_thread
 from fastssl.bench.augment_clock import clock
-from fastssl.bench.augment_report import device_name
-from fastssl.bench.report import slug
+from fastssl.bench.files import write_json
+from fastssl.bench.machine import device_name, one_thread, peak_bytes, slug
 from fastssl.checkpoint import versions
 from fastssl.losses.mmd import mmd_uniform
 from loaders.errors import DataError
@@ -65,24 +59,6 @@ def unit_rows(rows: int, dim: int, device: torch.device) -> Tensor:
 def forward_backward(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     """The gradient."""
     return torch.autograd.grad(loss(z), z)[0]
-
-
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most that torch's allocator hands out at once while `run` runs, what was there before not counted."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
-    with tempfile.TemporaryDirectory() as folder:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            run()
-        trace = Path(folder) / "trace.json"
-        profiled.export_chrome_trace(str(trace))
-        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    # Bytes: above zero where memory was taken, below where it was given back.
-    return max(accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])))
 
 
 def measure(rows: int, dim: int, rounds: int, device: torch.device) -> dict:
@@ -204,7 +180,6 @@ def bench(
         "versions": {"python": platform.python_version(), **versions()},
     }
     file = out if out.suffix == ".json" else out / f"gram_{slug(result['device'])}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, file)
     print(table(result))
     print(f"\n{file}")

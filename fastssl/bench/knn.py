@@ -7,7 +7,6 @@ calculated.  The forward passes that make the features come on top; `python -m e
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -18,14 +17,13 @@ import torch
 
 from eval.features import Bank
 from eval.neighbours import CHUNK, TILE, search
-from fastssl.bench.augment import one_thread
-from fastssl.bench.augment_report import device_name
-from fastssl.bench.gram import OUT, peak_bytes
-from fastssl.bench.report import slug
+from fastssl.bench.files import write_json
+from fastssl.bench.machine import device_name, one_thread, peak_bytes, slug
 from fastssl.checkpoint import versions
 from fastssl.distributed import Dist
 from loaders.errors import DataError
 
+OUT = Path("data/bench")
 IMAGENET = {"bank": 1_281_167, "queries": 50_000}
 K = 200
 """Of the published protocols the most."""
@@ -144,7 +142,6 @@ def bench(
         "versions": {"python": platform.python_version(), **versions()},
     }
     file = out if out.suffix == ".json" else out / f"knn_{slug(result['device'])}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, file)
     print(table(result))
     print(f"\n{file}")

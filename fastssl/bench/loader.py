@@ -26,6 +26,7 @@ from fastssl.bench import pagecache, recipe, report, yardsticks
 from fastssl.bench.ceiling import Ceiling, ceiling
 from fastssl.bench.clock import Rate, clock, cpu_seconds, settle
 from fastssl.bench.data import CACHE, Material, Variant, measured_ids, prepare, stock
+from fastssl.bench.files import write
 from fastssl.bench.plot import save_plot
 from fastssl.bench.yardsticks import Failed, Yardstick
 from loaders.beton import RAW
@@ -270,6 +271,6 @@ def bench(path: str = "", out: Path = CACHE, seconds: float = 1.0, rounds: int =
         "command": command + (f" --path {shlex.quote(path)}" if path else ""),
         **measure(material, seconds=seconds, rounds=rounds, batch=batch, threads=threads, say=_say),
     }
-    report.write(result, file, save_plot)
+    write(result, file, save_plot)
     print(report.table(result))
     print(f"\n{file}\n{file.with_suffix('.png')}")

@@ -22,8 +22,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from fastssl.bench.augment_report import device_name
-from fastssl.bench.report import slug
+from fastssl.bench.files import write_json
+from fastssl.bench.machine import device_name, slug
 from fastssl.checkpoint import versions
 from fastssl.models.montage import Routes, drawn_rows, tile
 from loaders.errors import DataError
@@ -147,7 +147,6 @@ def bench(ranks: tuple[int, ...] = (2, 4), images: int = 64, size: int = 112, ro
         "versions": {"python": platform.python_version(), **versions()},
     }
     file = out if out.suffix == ".json" else out / f"montage_{slug(result['device'])}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, file)
     print(table(result))
     print(f"\n{file}")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 from fastssl.bench import yardsticks as known
 from fastssl.bench.clock import Rate
+from fastssl.bench.machine import cpu_name, slug
 from fastssl.checkpoint import versions
 
 _NEAR = 0.85
@@ -98,11 +97,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def cpu_name() -> str:
-    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    return found[1].strip() if found else platform.machine()
 
 
 # ------------------------------------------------------------------------------------------------ what binds
@@ -210,31 +204,3 @@ def file(out: Path) -> Path:
     if out.suffix == ".json":
         return out
     return out / f"loader_{len(os.sched_getaffinity(0))}cores_{slug(cpu_name())}.json"
-
-
-def write_json(result: dict, path: Path) -> None:
-    """The JSON, in a folder that is made if need be; never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _whole(path, lambda p: p.write_text(json.dumps(result, indent=1) + "\n"))
-
-
-def write(result: dict, path: Path, save_plot: Callable[[dict, Path], None]) -> None:
-    """The JSON, and the plot of the same name."""
-    write_json(result, path)
-    _whole(path.with_suffix(".png"), lambda p: save_plot(result, p))
-
-
-def _whole(target: Path, save: Callable[[Path], object]) -> None:
-    """The file appears under its name when `save` is done with it."""
-    partial = target.with_name(target.name + ".partial")
-    try:
-        save(partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def slug(device: str) -> str:
-    """A device's name as part of a file's."""
-    words = re.sub(r"\((r|tm)\)|\bcpu\b|\bprocessor\b|\d+-core|@.*", " ", device.lower())
-    return "_".join(re.findall(r"[a-z0-9]+", words))

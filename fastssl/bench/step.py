@@ -29,12 +29,11 @@ from torch._dynamo.utils import counters
 
 from fastssl import cli
 from fastssl.bench import step_report
-from fastssl.bench.augment import one_thread
 from fastssl.bench.augment_clock import clock, copy_rate, samples
 from fastssl.bench.augment_work import Run
-from fastssl.bench.gram import peak_bytes
+from fastssl.bench.files import write
 from fastssl.bench.kernels import launches
-from fastssl.bench.report import write
+from fastssl.bench.machine import one_thread, peak_bytes
 from fastssl.bench.roof import Call, Recorded, gemm_rate, record
 from fastssl.bench.step_plot import save_plot
 from fastssl.bench.step_report import Times

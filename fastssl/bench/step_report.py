@@ -9,7 +9,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from fastssl.bench.augment_report import device_name
+from fastssl.bench.machine import device_name
 from fastssl.bench.roof import REACHED, Recorded, datasheet
 from fastssl.bench.training import Rank
 from fastssl.checkpoint import versions

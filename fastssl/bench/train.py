@@ -32,9 +32,9 @@ from torch import Tensor
 
 from fastssl import cli
 from fastssl.batch import ImageBatch
-from fastssl.bench.augment_report import device_name
+from fastssl.bench.files import write
+from fastssl.bench.machine import cpu_name, device_name
 from fastssl.bench.plot import BOUND, COLD, OTHERS, WARM, Bar, draw_bars
-from fastssl.bench.report import cpu_name, write
 from fastssl.bench.training import Rank, collector_resting, named, one_rank, per_rank
 from fastssl.checkpoint import versions
 from fastssl.config import RunConfig

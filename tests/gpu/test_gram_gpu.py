@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastssl.bench.gram import peak_bytes
+from fastssl.bench.machine import peak_bytes
 from fastssl.losses.mmd import mmd_uniform
 from tests.dense_losses import dense_mmd
 

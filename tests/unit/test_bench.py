@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastssl.bench import data, loader, pagecache, plot, recipe, report, yardsticks
+from fastssl.bench import data, files, loader, pagecache, plot, recipe, report, yardsticks
 from fastssl.bench.clock import Rate, clock, cpu_seconds
 from fastssl.bench.data import Material, Variant
 from fastssl.bench.yardsticks import Failed, Yardstick
@@ -33,7 +33,7 @@ def small(beton_data, tmp_path_factory):
     data.repeat(Beton.open(beton_data / "train.beton"), raw, RAW)
     material = Material("48 small images", [Variant("JPEG", beton_data / "train.beton"), Variant("raw", raw)])
     result = loader.measure(material, seconds=0.05, rounds=2, batch=16, threads=1, others=())
-    report.write(result, folder / "loader.json", plot.save_plot)
+    files.write(result, folder / "loader.json", plot.save_plot)
     return result, folder
 
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.bench import augment, augment_report, augment_step
+from fastssl.bench import augment, augment_report, augment_step, machine
 from fastssl.bench import augment_work as work
 from fastssl.bench.augment_clock import Time, clock
 from fastssl.bench.augment_plot import save_plot
 from fastssl.bench.augment_rivals import RIVALS, Rival, Unfit
 from fastssl.bench.augment_work import SOURCE, Task, material
+from fastssl.bench.files import write
+from fastssl.bench.machine import one_thread
 from fastssl.bench.parity import Error
-from fastssl.bench.report import write
 from fastssl.presets import PRESETS
 from fastssl.recipes import byol_asymmetric, dino, obow
 from fastssl.views import IMAGENET_STD
@@ -41,7 +42,7 @@ def small(tmp_path_factory):
     """Two rounds on two images; the result and its JSON file."""
     tasks = [*(OPERATIONS[name] for name in ("crop bilinear", "blur", "normalise")), RECIPE, MULTICROP]
     some = ("pillow", "torchvision", "torchvision_batch")
-    with augment.one_thread(CPU):
+    with one_thread(CPU):
         rows = augment.measure(tasks, CPU, images=2, seconds=0.001, rounds=2, others=some)
     errors = {"blur": Error(0.25, 2.9, 7), "flip": Error(0.5, 1.0, 7)}
     result = augment_report.result(rows, errors, "left out", CPU, torch.float32, 1e10, SETTING)
@@ -298,7 +299,7 @@ def test_what_binds(device, host, ms, floor, said):
 def test_whole_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(work, "operations", lambda: [OPERATIONS["grey"]])
     monkeypatch.setattr(augment, "copy_rate", lambda device: 1e10)
-    monkeypatch.setattr(augment_report, "cpu_name", lambda: "Fast(R) Processor CPU 9 @ 3 GHz")
+    monkeypatch.setattr(machine, "cpu_name", lambda: "Fast(R) Processor CPU 9 @ 3 GHz")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

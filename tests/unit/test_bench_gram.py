@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastssl.bench import gram
+from fastssl.bench.machine import peak_bytes
 from loaders.errors import DataError
 
 
@@ -30,7 +31,7 @@ def test_peak_is_what_was_alive_together():
         del a
         return b + 1
 
-    assert gram.peak_bytes(run, torch.device("cpu")) == pytest.approx(2 << 20, rel=1e-3)
+    assert peak_bytes(run, torch.device("cpu")) == pytest.approx(2 << 20, rel=1e-3)
 
 
 def test_calculated_for_the_published_run():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastssl.bench.gram import peak_bytes
+from fastssl.bench.machine import peak_bytes
 from fastssl.losses import pairs
 from fastssl.losses.mmd import kernel_coefficients, legendre, mmd_uniform, polynomial
 from fastssl.losses.nt_xent import nt_xent

@@ -82,3 +82,17 @@ def test_every_file_has_a_room_of_its_own():
     assert FILES
     assert not [str(p.relative_to(ROOT)) for p in FILES if p.stem in ("utils", "util", "helpers", "misc", "common")]
     assert not {str(p.relative_to(ROOT)): n for p in FILES if (n := len(p.read_text().splitlines())) > MAX_LINES}
+
+
+def test_no_bench_imports_another():
+    """Their shared parts are modules of their own: each bench starts without the libraries that the others need."""
+    folder = ROOT / "fastssl/bench"
+    main = ast.parse((folder / "__main__.py").read_text())
+    names = next(ast.literal_eval(n.value) for n in main.body if isinstance(n, ast.Assign) and n.targets[0].id == "BENCHES")
+    for name in names:
+        seen, todo = set(), [name]
+        while todo:
+            seen.add(module := todo.pop())
+            found = {i.split(".")[2] for i in imported((folder / f"{module}.py").read_text()) if i.startswith("fastssl.bench.")}
+            todo += [m for m in found - seen if (folder / f"{m}.py").is_file()]
+        assert not seen & (set(names) - {name}), name
