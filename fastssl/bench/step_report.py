@@ -9,7 +9,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from fastssl.bench.machine import device_name
+from fastssl.bench.machine import described, device_name
 from fastssl.bench.roof import REACHED, Recorded, datasheet
 from fastssl.bench.training import Rank
 from fastssl.checkpoint import versions
@@ -94,10 +94,11 @@ def result(found: dict, device: torch.device, *, gemm: float, copy: float, setti
     moved = found["moved_mb_per_image"]
     memory_ms = None if moved is None else 1e9 * moved * found["batch"] / bandwidth
     compute_ms = 1e3 * flops / (1e12 * peak.tflop_per_s if peak else gemm)
-    described = {
+    values = {
         "date": time.strftime("%Y-%m-%d"),
         "device": device_name(device),
         "device_type": device.type,
+        **described(device),
         **setting,
         **found,
         "tflop_per_s": flops / step_s / 1e12,
@@ -111,7 +112,7 @@ def result(found: dict, device: torch.device, *, gemm: float, copy: float, setti
         "share_of_compute_roof": compute_ms / found["step_ms"],
         "share_of_memory_roof": None if memory_ms is None else memory_ms / found["step_ms"],
     }
-    return {**described, "binds": binds(described), "versions": {"python": platform.python_version(), **versions()}}
+    return {**values, "binds": binds(values), "versions": {"python": platform.python_version(), **versions()}}
 
 
 def binds(r: dict) -> str:

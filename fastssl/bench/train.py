@@ -15,7 +15,6 @@ it, since what is queued hides stalls.  One process, or torchrun: rates are of a
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import sys
@@ -33,7 +32,7 @@ from torch import Tensor
 from fastssl import cli
 from fastssl.batch import ImageBatch
 from fastssl.bench.files import write
-from fastssl.bench.machine import cpu_name, device_name
+from fastssl.bench.machine import described, device_name
 from fastssl.bench.plot import BOUND, COLD, OTHERS, WARM, Bar, draw_bars
 from fastssl.bench.training import Rank, collector_resting, named, one_rank, per_rank
 from fastssl.checkpoint import versions
@@ -257,8 +256,7 @@ def bench(
             "date": time.strftime("%Y-%m-%d"),
             "device": device_name(where),
             "device_type": where.type,
-            "cpu": cpu_name(),
-            "cores": len(os.sched_getaffinity(0)),
+            **described(where),
             "threads": torch.get_num_threads(),
             "ranks": dist.world,
             "path": cfg.data.path,

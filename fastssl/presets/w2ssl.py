@@ -14,7 +14,7 @@ from fastssl.recipes import w2ssl, w2ssl_quad, w2ssl_windows
 from fastssl.views import ViewSpec
 
 
-def _r50(name: str, *, batch: int, views: ViewSpec, method: W2SSL.Config, warmup_epochs: int = 10) -> RunConfig:
+def _r50(name: str, *, batch: int, ranks: int, views: ViewSpec, method: W2SSL.Config, warmup_epochs: int = 10) -> RunConfig:
     """What all ImageNet presets of this file share."""
     return RunConfig(
         preset=name,
@@ -22,7 +22,7 @@ def _r50(name: str, *, batch: int, views: ViewSpec, method: W2SSL.Config, warmup
         model=ModelConfig(arch="resnet50", norm="sync"),
         views=views,
         optim=BarlowLars(base_lr=0.6, base_batch_size=256, weight_decay=1e-6, schedule="mocov3", warmup_epochs=warmup_epochs),
-        train=TrainConfig(epochs=200, global_batch_size=batch, ema_momentum=0.99),
+        train=TrainConfig(epochs=200, global_batch_size=batch, ema_momentum=0.99, published_rank_batch=batch // ranks),
         log=LogConfig(keep_every=20),
         eval=EvalConfig(knn_every_epochs=5),
     )
@@ -33,13 +33,13 @@ def w2ssl_r50_200ep_bs256() -> RunConfig:
 
     Peak learning rate 1.2.  The location loss stays at chance (0.6905 at the end, ln 2 = 0.6931), as published.
     """
-    return _r50("w2ssl_r50_200ep_bs256", batch=512, views=w2ssl(), method=W2SSL.Config())
+    return _r50("w2ssl_r50_200ep_bs256", batch=512, ranks=4, views=w2ssl(), method=W2SSL.Config())
 
 
 def w2ssl_r50_200ep_bs1024() -> RunConfig:
     """W2SSL, ResNet-50, 200 epochs, 2048 images = 1024 montages a view, 8 ranks: 72.8 linear top-1 (official README).  Peak learning
     rate 4.8."""
-    return _r50("w2ssl_r50_200ep_bs1024", batch=2048, views=w2ssl(), method=W2SSL.Config())
+    return _r50("w2ssl_r50_200ep_bs1024", batch=2048, ranks=8, views=w2ssl(), method=W2SSL.Config())
 
 
 def w2ssl_windows_r50_200ep_bs256() -> RunConfig:
@@ -48,13 +48,13 @@ def w2ssl_windows_r50_200ep_bs256() -> RunConfig:
     Inferred: the sampler is known from compiled caches in the official repository, older than the released code; which of the two
     gave 70.8 cannot be told.
     """
-    return _r50("w2ssl_windows_r50_200ep_bs256", batch=512, views=w2ssl_windows(), method=W2SSL.Config())
+    return _r50("w2ssl_windows_r50_200ep_bs256", batch=512, ranks=4, views=w2ssl_windows(), method=W2SSL.Config())
 
 
 def w2ssl_quad_r50_200ep() -> RunConfig:
     """W2SSL with four quadrants, ResNet-50, 200 epochs, 256 images = 256 montages a view, 2 ranks, no warm-up (the official
     repository's ablation for detection, for which no number is published).  Peak learning rate 0.6."""
-    return _r50("w2ssl_quad_r50_200ep", batch=256, views=w2ssl_quad(), method=W2SSL.Config(parts=4), warmup_epochs=0)
+    return _r50("w2ssl_quad_r50_200ep", batch=256, ranks=2, views=w2ssl_quad(), method=W2SSL.Config(parts=4), warmup_epochs=0)
 
 
 def w2ssl_mini() -> RunConfig:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fastssl.bench import machine
+from fastssl.bench.training import per_rank
+from fastssl.presets import PRESETS
 from scripts import gpu_check, gpu_report
 
 
@@ -90,6 +94,7 @@ def test_gpu_check_replaces_what_was_measured_again(tmp_path: Path, monkeypatch)
     for name, value in {"is_available": lambda: True, "get_device_name": lambda i=0: "Some GPU", "device_count": lambda: 1}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_check, "described", lambda device: {"driver": "580.159.04"})
     runs: list[dict] = [{"a": {"ms": 1}, "b": "ended with status 1"}, {"b": {"ms": 2}}]
     monkeypatch.setattr(gpu_check, "measured", lambda part, *args: runs.pop(0))
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--only", "step", "--beton", "x.beton"])
@@ -97,4 +102,34 @@ def test_gpu_check_replaces_what_was_measured_again(tmp_path: Path, monkeypatch)
         with pytest.raises(SystemExit) as end:
             gpu_check.main()
         assert end.value.code == status
-    assert json.loads((tmp_path / "gpu_some_gpu.json").read_text())["step"] == {"a": {"ms": 1}, "b": {"ms": 2}}
+    found = json.loads((tmp_path / "gpu_some_gpu.json").read_text())
+    assert found["step"] == {"a": {"ms": 1}, "b": {"ms": 2}} and found["machine"]["driver"] == "580.159.04"
+
+
+def test_the_five_methods_are_measured_as_published(tmp_path: Path, monkeypatch):
+    """Images of a rank by the methods' specifications; only transformers are replayed as graphs."""
+    cuda = torch.device("cuda")
+    assert [per_rank(PRESETS[name](), cuda) for name in gpu_check.MEASURED] == [128, 32, 128, 256, 256]
+    assert per_rank(PRESETS["w2ssl_r50_200ep_bs256"](), cuda) == 128
+    monkeypatch.setattr(gpu_check, "bench", lambda part, folder, *flags: flags)
+    for part in ("step", "train"):
+        found = gpu_check.measured(part, tmp_path, list(gpu_check.MEASURED), Path("x.beton"))
+        assert [name for name, flags in found.items() if "--cuda-graphs" in flags] == ["sere_vits16_100ep"]
+
+
+def test_what_nvidia_smi_tells(monkeypatch):
+    asked = []
+
+    def run(command, **how):
+        asked.extend(command)
+        return SimpleNamespace(stdout="580.159.04, 700.00, [N/A]\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234-abc"))
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    found = machine.described(torch.device("cuda", 0))
+    assert "--id=GPU-1234-abc" in asked and "--query-gpu=driver_version,power.limit,clocks.max.sm" in asked
+    assert (found["driver"], found["power_limit_w"], found["most_sm_mhz"]) == ("580.159.04", 700.0, "[N/A]")
+    assert found["cpu"] and found["cores"] > 0 and found["ram_gib"] > 0
+    monkeypatch.setattr(machine.subprocess, "run", lambda *args, **how: (_ for _ in ()).throw(FileNotFoundError("nvidia-smi")))
+    assert machine.clocks(torch.device("cuda", 0)) == {} == machine.clocks(torch.device("cpu"))
+    assert set(machine.described(torch.device("cuda", 0))) == set(machine.described(torch.device("cpu")))
