@@ -40,8 +40,8 @@ PEAKS = {"V100": Peak(125, 0.90), "A100": Peak(312, 2.04), "H100": Peak(989, 3.3
 
 
 def datasheet(name: str) -> Peak | None:
-    """None for devices that are not listed, slower variants of a listed one among them."""
-    if any(variant in name for variant in ("PCIe", "PCIE", "40GB", "NVL")):
+    """None for devices that are not listed, variants and parts of a listed one among them."""
+    if any(variant in name for variant in ("PCIe", "PCIE", "FHHL", "40GB", "NVL", "GH200", "MIG")):
         return None
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 

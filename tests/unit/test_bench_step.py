@@ -132,6 +132,8 @@ def test_a_step_is_counted_without_being_computed():
 def test_datasheets():
     assert roof.datasheet("NVIDIA H100 80GB HBM3").tflop_per_s == 989
     assert roof.datasheet("NVIDIA A100-SXM4-80GB").tb_per_s == 2.04
+    for name in ("NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "Tesla V100-FHHL-16GB", "NVIDIA A100-SXM4-40GB"):
+        assert roof.datasheet(name) is None
     assert roof.datasheet("NVIDIA H100 PCIe") is None and roof.datasheet("AMD EPYC") is None
 
 
