@@ -46,6 +46,8 @@ from loaders.errors import DataError
 
 OUT = Path("data/bench")
 WARM_UP, STEPS = {"cuda": 50, "cpu": 1}, {"cuda": 200, "cpu": 5}
+CAPTURE = 3
+"""Steps after the first, which runs a graph's kernels one by one, until all are captured."""
 
 
 # ------------------------------------------------------------------------------------------------ what is timed
@@ -130,7 +132,7 @@ def measured(
     say(f"building {cfg.preset}, {batch} images")
     rank = one_rank(cfg, dist, batch)
 
-    step = whole(rank)["step"]
+    step, replayed = whole(rank)["step"], cfg.efficiency.cuda_graphs
     counters.clear()
     start = time.perf_counter()
     step()
@@ -138,11 +140,16 @@ def measured(
         torch.cuda.synchronize()
     first_step_s = time.perf_counter() - start
     of_step = {"graphs": graphs(), "graph_breaks": sum(counters["graph_break"].values())}
+    say("warming up")
+    if replayed:
+        besides = torch.cuda.memory_allocated() - held_bytes(rank)  # images and views
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(max(warmup, CAPTURE) if replayed else warmup):
+        step()
+    # A replay allocates nothing: what a graph needs was allocated when it was captured, and stays its own.
+    peak = torch.cuda.max_memory_allocated() - besides if replayed else None
     recorded = record(rank, inputs=parts)
     runs = prefixes(rank, recorded) if parts else whole(rank)
-    say("warming up")
-    for _ in range(warmup):
-        step()
     for run in runs.values():
         for _ in range(min(warmup, 3)):
             run()
@@ -154,7 +161,8 @@ def measured(
     host_ms = median(clock(step, device, 0.0).host_ms for _ in range(rounds)) if device.type == "cuda" else None
     say("counting")
     counted = launches(step, device)
-    peak = peak_bytes(step, device)
+    if peak is None:
+        peak = held_bytes(rank) + peak_bytes(step, device)
     return step_report.numbers(
         rank,
         recorded,

@@ -51,7 +51,7 @@ def phases(times: Times) -> dict[str, list[float]]:
 def numbers(
     rank: Rank, recorded: Recorded, times: Times, *, first_step_s: float, host_ms: float | None, held: int, peak: int, counts: dict
 ) -> dict:
-    """All of it that does not ask how fast the device could be."""
+    """All of it that does not ask how fast the device could be.  held: bytes between steps; peak: in a step, those among them."""
     state, rounds = rank.state, phases(times)
     steps = [ms for calls in times["step"] for ms in calls]
     step_ms, augment_ms, batch = median(steps), median(rounds["augment"]), rank.batch
@@ -79,7 +79,7 @@ def numbers(
         "host_ms": host_ms,
         "first_step_s": first_step_s,
         "held_mib": held / _MIB,
-        "peak_mib": (held + peak) / _MIB,
+        "peak_mib": peak / _MIB,
         "gflop_per_image": recorded.flops / batch / 1e9,
         "moved_mb_per_image": None if moved is None else moved * state.dtype.itemsize / batch / 1e6,
         **counts,
