@@ -6,17 +6,20 @@ import gc
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from fastssl.bench.training import one_rank
 from fastssl.config import ConfigError, RunConfig
 from fastssl.distributed import Dist
 from fastssl.engine import train_step
+from fastssl.methods import METHODS
 
 UNIT = 8
 """Batches are tried in multiples of this."""
 START = 32
 SHARE = 0.95
 """Of the memory that steps may take: decoded batches that wait, and NCCL, need some too."""
+NOT_COUNTED = "; the rows of other ranks in its loss, which grow with their number, are not counted: leave room for them"
 
 
 def largest(fits: Callable[[int], bool], *, start: int = START, unit: int = UNIT) -> int:
@@ -36,10 +39,19 @@ def largest(fits: Callable[[int], bool], *, start: int = START, unit: int = UNIT
     return good
 
 
+def bucket_bytes(cfg: RunConfig, method: nn.Module) -> int:
+    """What DDP holds on each of several ranks: all gradients, in buckets that stay (alone, gradients come as activations go), and in
+    bf16 a second time while they are exchanged."""
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    return trained * (4 + 2 * (cfg.efficiency.gradient_dtype == "bf16"))
+
+
 def fits(cfg: RunConfig, dist: Dist, batch: int) -> bool:
-    """Whether two steps (the first makes the optimizer's state) run without exhausting the memory; nothing of them stays."""
+    """Whether two steps (the first makes the optimizer's state) run beside `bucket_bytes` without exhausting the memory; nothing of them
+    stays."""
     try:
         rank = one_rank(cfg, dist, batch)
+        buckets = torch.empty(bucket_bytes(cfg, rank.state.method), dtype=torch.uint8, device=dist.device)  # noqa: F841  (lies there)
         for _ in range(2):
             train_step(rank.state, [rank.views])
         torch.cuda.synchronize(dist.device)
@@ -70,9 +82,11 @@ def find_batch(cfg: RunConfig, dist: Dist, say: Callable[[str], None]) -> int:
     batch = largest(tried)
     if not batch:
         raise ConfigError(f"Not even {UNIT} images fit. Try --efficiency.checkpointing stages, smaller crops or a smaller --model.arch.")
-    steps = -(-cfg.train.global_batch_size // batch)
+    gpus = -(-cfg.train.global_batch_size // batch)
     say(
         f"{cfg.preset}: at most {batch} images per GPU; the global batch of {cfg.train.global_batch_size} needs "
-        f"{steps} GPUs, or fewer with --train.accumulation-steps where the method allows it"
+        f"{gpus} GPUs, or fewer with --train.accumulation-steps where the method allows it"
+        + NOT_COUNTED
+        * (gpus > 1 and METHODS[cfg.method.name].couples_batch)
     )
     return batch
