@@ -16,13 +16,15 @@ from matplotlib.figure import Figure
 
 from fastssl.bench.files import write
 from fastssl.bench.roof import PEAKS, datasheet
-from fastssl.bench.step_report import costs, title
+from fastssl.bench.step_report import costs, host_binds, title
 from fastssl.methods import build_method
 from fastssl.presets import PRESETS
 
 GPUS = 8
 BUS = {"V100": 130, "A100": 220, "H100": 400}
 """GB/s: assumed rate of an all-reduce in NVLink's ring of 8 (bytes that a rank sends, over the time)."""
+LATENCY_US = 30
+"""Assumed for an exchange of SyncBatchNorm's statistics between 8 GPUs: a few KB, which nothing hides."""
 IMAGES = 1_281_167
 """Of ImageNet's training set."""
 GOALS = {
@@ -32,9 +34,10 @@ GOALS = {
 }
 """Share of the memory roof (ResNets) or MFU (ViTs) that we want to reach."""
 FORMULA = f"""Projection, not a measurement: {GPUS} GPUs of a kind run at the share of their roof that the measured GPU reached, and hide
-nothing of the exchange of gradients:  images/s = {GPUS} x batch / (t r + x).  t: measured ms of a step; r: ratio of the datasheets, of
-memory rates for ResNets and of dense 16-bit products for transformers; x = 2 x {GPUS - 1}/{GPUS} x 4 bytes x trained parameters / bus,
-with bus = {", ".join(f"{rate} GB/s ({name})" for name, rate in BUS.items())}, which is assumed.  Loading is left out."""
+nothing of what they exchange:  images/s = {GPUS} x batch / (t r + x + c).  t: measured ms of a step; r: ratio of the datasheets, of
+memory rates for ResNets and of dense 16-bit products for transformers; x, gradients: 2 x {GPUS - 1}/{GPUS} x 4 bytes x trained parameters
+/ bus, with bus = {", ".join(f"{rate} GB/s ({name})" for name, rate in BUS.items())}, which is assumed; c, SyncBatchNorm: {LATENCY_US} us,
+which is assumed, x its exchanges that the measured step left out.  Loading is left out."""
 
 
 # ------------------------------------------------------------------------------------------------ numbers
@@ -62,11 +65,22 @@ def trained_parameters(preset: str) -> int:
         return sum(p.numel() for p in build_method(PRESETS[preset]()).parameters() if p.requires_grad)
 
 
+def why_not(step: dict) -> str | None:
+    """What forbids to project a step; None where nothing does."""
+    if datasheet(step["device"]) is None:
+        return f"the datasheet of {step['device']} is not listed (fastssl/bench/roof.py)"
+    if host_binds(step):
+        return f"the device is idle for {step['idle_ms'] / step['step_ms']:.0%} of the step: a host does not scale as a device does"
+    if step["samples_left_out"]:
+        return "ranks compare or mix samples of each other, which was not measured"
+    return None
+
+
 def projections(step: dict, parameters: int) -> dict[str, float]:
-    """Images per second of eight GPUs of each kind; none from a device without a datasheet."""
-    here = datasheet(step["device"])
-    if here is None:
+    """Images per second of eight GPUs of each kind; none where `why_not` has a reason."""
+    if why_not(step):
         return {}
+    here = datasheet(step["device"])
     memory, batch = step["memory_roof_ms"] is not None, step["batch"]
     alone_ms = step["step_ms"] - step["phases_ms"].get("communication", 0.0)
     out = {}
@@ -74,7 +88,8 @@ def projections(step: dict, parameters: int) -> dict[str, float]:
         there = PEAKS[name]
         ratio = here.tb_per_s / there.tb_per_s if memory else here.tflop_per_s / there.tflop_per_s
         exchange_ms = 1e3 * 2 * (GPUS - 1) / GPUS * 4 * parameters / (1e9 * bus)
-        out[name] = GPUS * batch / (alone_ms * ratio + exchange_ms) * 1e3
+        norms_ms = 1e-3 * LATENCY_US * step["norm_collectives_left_out"]
+        out[name] = GPUS * batch / (alone_ms * ratio + exchange_ms + norms_ms) * 1e3
     return out
 
 
@@ -93,7 +108,9 @@ def derived(result: dict) -> dict:
         "trained": {preset: train for preset, train in result.get("train", {}).items() if isinstance(train, dict)},
         "images": result.get("beton", ""),
         "projected_images_per_s": {preset: projections(step, parameters[preset]) for preset, step in steps.items()},
+        "not_projected": {preset: reason for preset, step in steps.items() if (reason := why_not(step))},
         "trained_parameters": parameters,
+        "machine": result["machine"],
     }
 
 
@@ -111,11 +128,18 @@ def heading(*cells: str) -> list[str]:
 def tables(d: dict) -> str:
     """Markdown."""
     lines = [
-        f"Measured on one {d['device']} (torch {d['torch']}, commit {d['commit'][:10]}, {d['date']}), random images on the device:",
+        f"Measured on one {d['device']} (torch {d['torch']}, commit {d['commit'][:10]}, {d['date']}), random images on the device.",
+        "; ".join(
+            f"{name.replace('_', ' ')} {value:,.0f}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in d["machine"].items()
+        )
+        + ".",
+        "One process: BatchNorm takes the statistics of its images, and losses compare those. The last column counts the exchanges of",
+        "SyncBatchNorm that this leaves out; + samples: those of other ranks are left out, too.",
         "",
     ]
     columns = ("preset", "images per GPU", "type", "images/s", "ms a step (5 %, 95 %)", "share, goal", "peak GiB")
-    lines += heading(*columns, "kernels, waits, graph breaks", "largest costs")
+    lines += heading(*columns, "idle ms", "kernels, waits, graph breaks", "largest costs", "left out")
     for preset, s in d["measured"].items():
         what = "memory roof" if s["memory_roof_ms"] is not None else "MFU"
         reached = "-" if s["share"] is None else f"{s['share']:.0%} of {what}" if what == "memory roof" else f"{s['share']:.0%} MFU"
@@ -124,11 +148,17 @@ def tables(d: dict) -> str:
             row(
                 *(f"`{preset}`", s["batch"], s["dtype"], f"{s['images_per_s']:,.0f}"),
                 f"{s['step_ms']:.1f} ({s['step_ms_p5']:.1f}, {s['step_ms_p95']:.1f})",
-                *(f"{reached}, {wanted}", f"{s['peak_mib'] / 1024:.1f}", f"{s['kernels']}, {s['host_syncs']}, {s['graph_breaks']}"),
+                *(
+                    f"{reached}, {wanted}",
+                    f"{s['peak_mib'] / 1024:.1f}",
+                    f"{s['idle_ms']:.1f}",
+                    f"{s['kernels']}, {s['host_syncs']}, {s['graph_breaks']}",
+                ),
                 costs(s),
+                f"{s['norm_collectives_left_out']}" + " + samples" * s["samples_left_out"],
             )
         )
-    lines += [f"| `{preset}` | not measured: {why} |" + " |" * 7 for preset, why in d["not_measured"].items()]
+    lines += [f"| `{preset}` | not measured: {why} |" + " |" * 9 for preset, why in d["not_measured"].items()]
     if d["trained"]:
         lines += ["", f"Measured, from {d['images']}, decoding included:", ""]
         lines += heading("preset", "images/s", "without loading", "data stall", "what binds")
@@ -136,12 +166,14 @@ def tables(d: dict) -> str:
         rates = t["images_per_s"]
         cells = f"{rates['end to end']:,.0f}", f"{rates['augment + step']:,.0f}", f"{t['data_stall']:.0%}", t["binds"]
         lines.append(row(f"`{preset}`", *cells))
+    withheld = [f"No projection of `{preset}`: {reason}." for preset, reason in d["not_projected"].items()]
     if not any(d["projected_images_per_s"].values()):
-        return "\n".join([*lines, "", f"No projections: the datasheet of {d['device']} is not listed (fastssl/bench/roof.py)."])
+        return "\n".join([*lines, "", *withheld])
     lines += ["", FORMULA, "", *heading("preset", *(f"{GPUS} x {name}: images/s (minutes an epoch)" for name in BUS))]
     for preset, rates in d["projected_images_per_s"].items():
-        lines.append(row(f"`{preset}`", *(f"{rate:,.0f} ({IMAGES / rate / 60:.1f})" for rate in rates.values())))
-    return "\n".join(lines)
+        if rates:
+            lines.append(row(f"`{preset}`", *(f"{rate:,.0f} ({IMAGES / rate / 60:.1f})" for rate in rates.values())))
+    return "\n".join([*lines, "", *withheld])
 
 
 # ------------------------------------------------------------------------------------------------ plot

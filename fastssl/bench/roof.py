@@ -19,6 +19,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from fastssl.bench.augment_clock import samples
 from fastssl.bench.training import Rank
 from fastssl.method import Method
+from fastssl.models.norm import SyncBatchNorm
 from fastssl.models.resnet import ResNet
 from fastssl.precision import autocast
 
@@ -91,6 +92,8 @@ class Recorded:
     target: list[Call]
     flops: float
     """Of the batch: 2 for each multiply-add, forward and backward, nothing computed twice."""
+    norm_collectives: int
+    """Of SyncBatchNorm, if there are several ranks: one in each forward pass of a layer, one in its backward pass."""
 
     def moved(self) -> int | None:
         """Elements that the backbones move for the batch; None unless they are ResNets."""
@@ -110,7 +113,7 @@ def record(rank: Rank, *, inputs: bool = False) -> Recorded:
     fake, counter = FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False)
     tensors = {name: fake.from_tensor(t) for name, t in (*method.named_parameters(), *method.named_buffers())}
     with ExitStack() as stack:
-        calls = stack.enter_context(_watched(method))
+        calls, norms = stack.enter_context(_watched(method)), stack.enter_context(_exchanging_norms(method))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         # The plain formula of attention: fused kernels are not counted on every device, and may compute things twice.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -124,7 +127,8 @@ def record(rank: Rank, *, inputs: bool = False) -> Recorded:
             method.forward(views, sched)
         calls = [replace(c, args=r.args, kwargs=r.kwargs) for c, r in zip(calls, real, strict=True)]
     student, target = _backbones(method)
-    return Recorded([c for c in calls if c.module is student], [c for c in calls if c.module is target], float(counter.get_total_flops()))
+    of_student, of_target = ([c for c in calls if c.module is backbone] for backbone in (student, target))
+    return Recorded(of_student, of_target, float(counter.get_total_flops()), sum(1 + grad for grad in norms))
 
 
 def _backbones(method: Method) -> tuple[nn.Module, nn.Module | None]:
@@ -140,6 +144,23 @@ def _watched(method: Method) -> Iterator[list[Call]]:
     handles = [h for backbone in _backbones(method) if backbone is not None for h in _watch(backbone, calls)]
     try:
         yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _exchanging_norms(method: Method) -> Iterator[list[bool]]:
+    """For each forward pass of a SyncBatchNorm that takes its batch's statistics, whether a backward pass follows."""
+    passes: list[bool] = []
+
+    def passed(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        if module.training:
+            passes.append(out.requires_grad)
+
+    handles = [m.register_forward_hook(passed) for m in method.modules() if isinstance(m, SyncBatchNorm)]
+    try:
+        yield passes
     finally:
         for handle in handles:
             handle.remove()

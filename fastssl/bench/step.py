@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Literal
 
 import torch
@@ -29,15 +28,15 @@ from torch._dynamo.utils import counters
 
 from fastssl import cli
 from fastssl.bench import step_report
-from fastssl.bench.augment_clock import clock, copy_rate, samples
+from fastssl.bench.augment_clock import copy_rate, samples
 from fastssl.bench.augment_work import Run
 from fastssl.bench.files import write
 from fastssl.bench.kernels import launches
-from fastssl.bench.machine import one_thread, peak_bytes
+from fastssl.bench.machine import clocks, one_thread, peak_bytes
 from fastssl.bench.roof import Call, Recorded, gemm_rate, record
 from fastssl.bench.step_plot import save_plot
 from fastssl.bench.step_report import Times
-from fastssl.bench.training import Rank, named, one_rank, per_rank
+from fastssl.bench.training import Rank, collector_resting, named, one_rank, per_rank
 from fastssl.config import RunConfig
 from fastssl.distributed import Dist, session
 from fastssl.engine import begin_pass, compile_mode, compiles, forward_backward, train_step
@@ -155,10 +154,11 @@ def measured(
             run()
     before = graphs()
     say("measuring")
-    times = measure(runs, dist, rounds=rounds, steps=steps)
+    with collector_resting(rank.state):
+        times = measure(runs, dist, rounds=rounds, steps=steps)
     recompiles = graphs() - before
-    # One step at a time: later ones would wait for room in the device's queue.
-    host_ms = median(clock(step, device, 0.0).host_ms for _ in range(rounds)) if device.type == "cuda" else None
+    step()  # not waited for
+    at_work = clocks(device)
     say("counting")
     counted = launches(step, device)
     if peak is None:
@@ -168,10 +168,9 @@ def measured(
         recorded,
         times,
         first_step_s=first_step_s,
-        host_ms=host_ms,
         held=held_bytes(rank),
         peak=peak,
-        counts={**counted, **of_step, "recompiles": recompiles},
+        counts={**counted, **of_step, "recompiles": recompiles, "clocks": at_work},
     )
 
 

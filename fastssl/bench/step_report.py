@@ -26,7 +26,9 @@ PHASES = {
 """Parts of the step: a prefix, and what is subtracted from its time.  Alone, a rank has no exchange: there it is the backward pass."""
 TITLES = {"augment": "augment (beside the step)", "update": "clip + optimizer + EMA"}
 _NEAR = 0.85
-"""From this share of the time on, the host's launches or a roof bind."""
+"""From this share of the time on, a roof binds."""
+IDLE = 0.1
+"""From this share of the time on in which no kernel runs, the host's launches bind."""
 _MIB = 2**20
 
 Times = dict[str, list[list[float]]]
@@ -48,9 +50,7 @@ def phases(times: Times) -> dict[str, list[float]]:
     return parts
 
 
-def numbers(
-    rank: Rank, recorded: Recorded, times: Times, *, first_step_s: float, host_ms: float | None, held: int, peak: int, counts: dict
-) -> dict:
+def numbers(rank: Rank, recorded: Recorded, times: Times, *, first_step_s: float, held: int, peak: int, counts: dict) -> dict:
     """All of it that does not ask how fast the device could be.  held: bytes between steps; peak: in a step, those among them."""
     state, rounds = rank.state, phases(times)
     steps = [ms for calls in times["step"] for ms in calls]
@@ -66,6 +66,7 @@ def numbers(
         "sizes": " + ".join(f"{len(g.views)}x{g.pixels.shape[-1]}" for g in rank.views.groups),
         "dtype": str(state.dtype).removeprefix("torch."),
         "compiled": compiles(state.cfg, state.dist.device),
+        "cuda_graphs": state.cfg.efficiency.cuda_graphs,
         "channels_last": state.cfg.efficiency.channels_last,
         "step_ms": step_ms,
         "step_ms_rounds": [median(calls) for calls in times["step"]],
@@ -76,14 +77,23 @@ def numbers(
         "images_per_s_with_augment": 1e3 * batch / (step_ms + augment_ms),
         "phases_ms": {part: median(ms) for part, ms in rounds.items()},
         "phases_ms_rounds": rounds,
-        "host_ms": host_ms,
+        "idle_ms": max(0.0, step_ms - sum(counts["kernel_ms"].values())) if "kernel_ms" in counts else None,
         "first_step_s": first_step_s,
         "held_mib": held / _MIB,
         "peak_mib": peak / _MIB,
         "gflop_per_image": recorded.flops / batch / 1e9,
         "moved_mb_per_image": None if moved is None else moved * state.dtype.itemsize / batch / 1e6,
         **counts,
+        **left_out(rank, recorded),
     }
+
+
+def left_out(rank: Rank, recorded: Recorded) -> dict:
+    """What ranks exchange within a step besides gradients and a rank alone does not: SyncBatchNorm's statistics, counted, and samples of
+    each other (losses over the global batch, shuffled BatchNorm).  Nothing where several ranks were measured."""
+    alone = rank.state.dist.world == 1
+    samples = rank.state.method.couples_batch or rank.state.cfg.model.norm == "shuffle"
+    return {"norm_collectives_left_out": alone * recorded.norm_collectives, "samples_left_out": alone and samples}
 
 
 def result(found: dict, device: torch.device, *, gemm: float, copy: float, setting: dict) -> dict:
@@ -118,8 +128,8 @@ def result(found: dict, device: torch.device, *, gemm: float, copy: float, setti
 def binds(r: dict) -> str:
     """What the step is bound by, and its three largest costs."""
     memory = r["share_of_memory_roof"]
-    if r["host_ms"] and r["host_ms"] >= _NEAR * r["step_ms"]:
-        what = f"launching from the host ({r['host_ms']:.1f} of {r['step_ms']:.1f} ms)"
+    if host_binds(r):
+        what = f"launching from the host (nothing runs for {r['idle_ms']:.1f} of {r['step_ms']:.1f} ms)"
     elif memory and memory >= _NEAR:
         what = f"memory ({memory:.0%} of its roof)"
     elif r["share_of_compute_roof"] >= _NEAR:
@@ -127,6 +137,11 @@ def binds(r: dict) -> str:
     else:
         what = f"no roof: {r['share_of_compute_roof']:.0%} of the compute roof" + (f", {memory:.0%} of the memory roof" if memory else "")
     return f"{what}; most of the time in {largest}" if (largest := costs(r)) else what
+
+
+def host_binds(r: dict) -> bool:
+    """By the device's idle time: how long the host takes is no measure, since it has to wait while 1,024 launches are queued."""
+    return r["idle_ms"] is not None and r["idle_ms"] >= IDLE * r["step_ms"]
 
 
 def costs(r: dict) -> str:
@@ -147,7 +162,7 @@ def table(r: dict) -> str:
     """The result for a terminal."""
     cpu = f", {r['threads']} thread{'s' * (r['threads'] > 1)}" + (", CPU time" if r["ranks"] == 1 else "")
     where = r["device"] + (cpu if r["device_type"] == "cpu" else "")
-    how = f"{r['dtype']}{', compiled' * r['compiled']}{', channels-last' * r['channels_last']}"
+    how = f"{r['dtype']}{', compiled' * r['compiled']}{', CUDA graphs' * r['cuda_graphs']}{', channels-last' * r['channels_last']}"
     ranks = f"{r['ranks']} ranks x " if r["ranks"] > 1 else ""
     lines = [
         f"{where}; {r['preset']}: {r['arch']}, {ranks}{r['batch']} images x ({r['sizes']}), {how}",
@@ -166,6 +181,7 @@ def table(r: dict) -> str:
         f"Launched: {_launched(r)}.",
         *_kernels(r),
         *_roofs(r),
+        *_alone(r),
         f"What binds: {r['binds']}.",
     ]
     return "\n".join(lines)
@@ -180,9 +196,14 @@ def _launched(r: dict) -> str:
 def _kernels(r: dict) -> list[str]:
     if "kernel_ms" not in r:
         return []
-    idle = max(0.0, r["step_ms"] - sum(r["kernel_ms"].values()))
     kinds = ", ".join(f"{name} {ms:,.2f}" for name, ms in r["kernel_ms"].items())
-    return [f"Kernels, ms: {kinds}; nothing runs for {idle:,.2f}."]
+    return [f"Kernels, ms: {kinds}; nothing runs for {r['idle_ms']:,.2f}."]
+
+
+def _alone(r: dict) -> list[str]:
+    exchanges = [f"{n} exchanges of SyncBatchNorm"] if (n := r["norm_collectives_left_out"]) else []
+    exchanges += ["the samples of other ranks, which the method compares or mixes"] if r["samples_left_out"] else []
+    return [f"One rank: without {' and '.join(exchanges)}."] if exchanges else []
 
 
 def _roofs(r: dict) -> list[str]:

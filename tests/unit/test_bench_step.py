@@ -20,6 +20,7 @@ from fastssl.config import ConfigError
 from fastssl.distributed import Dist
 from fastssl.hooks import GarbageCollection
 from fastssl.models.backbones import RESNETS, build_backbone
+from fastssl.models.norm import SyncBatchNorm
 from fastssl.presets import PRESETS
 from loaders.errors import DataError
 
@@ -65,7 +66,8 @@ def test_rates_and_shares_belong_together(small):
     assert r["share_of_gemm"] == pytest.approx(flops / 50e9 / (r["step_ms"] / 1e3)) == pytest.approx(r["share_of_compute_roof"])
     assert r["memory_roof_ms"] == pytest.approx(4e6 * r["moved_mb_per_image"] / 10e9 * 1e3)
     assert r["mfu"] is None and r["datasheet"] is None and r["kernels"] is None and r["host_syncs"] is None
-    assert r["operators"] > 300 and r["recompiles"] == 0
+    assert r["operators"] > 300 and r["recompiles"] == 0 and r["idle_ms"] is None
+    assert r["norm_collectives_left_out"] == 0 and not r["samples_left_out"], "local BatchNorm"
     # 4.9 M weights of either network, and the online one's momentum; more while the step runs
     assert r["peak_mib"] > r["held_mib"] > 3 * 4.9e6 * 4 / 2**20
 
@@ -81,7 +83,7 @@ def test_files_and_table(small):
 
 
 def test_kinds_of_kernels_are_costs_and_a_bar(small, tmp_path):
-    result = {**small[0], "kernel_ms": {"convolutions": 0.5 * small[0]["step_ms"], "attention": 0.1 * small[0]["step_ms"]}}
+    result = {**small[0], "idle_ms": 0.0, "kernel_ms": {"convolutions": 0.5 * small[0]["step_ms"], "attention": 0.1 * small[0]["step_ms"]}}
     assert step_report.costs(result) == "convolutions 50%, attention 10%"
     assert "nothing runs for" in step_report.table(result)
     pictures = []
@@ -129,6 +131,17 @@ def test_a_step_is_counted_without_being_computed():
     assert roof.record(rank).flops > 1e5 * found.flops
 
 
+def test_exchanges_of_statistics_are_counted():
+    """Student and target of 20 convolutions' norms and two in each head; W2SSL's student, predictors' among them, also backward."""
+    rank = one_rank(PRESETS["w2ssl_mini"](), Dist(0, 1, 0, 1, CPU), 4)
+    passes = []
+    for module in rank.state.method.modules():
+        if isinstance(module, SyncBatchNorm):
+            module.register_forward_hook(lambda module, args, out: passes.append(1 + out.requires_grad))
+    found = roof.record(rank).norm_collectives
+    assert found == sum(passes) > 2 * 20
+
+
 def test_datasheets():
     assert roof.datasheet("NVIDIA H100 80GB HBM3").tflop_per_s == 989
     assert roof.datasheet("NVIDIA A100-SXM4-80GB").tb_per_s == 2.04
@@ -152,6 +165,7 @@ def test_a_difference_below_zero_counts_as_zero():
 def test_without_parts_the_step_alone_is_timed(tmp_path):
     step.bench("simclr_mini", batch=4, device="cpu", parts=False, rounds=1, steps=1, out=tmp_path)
     r = json.loads((tmp_path / "step_simclr_mini.json").read_text())
+    assert "One rank: without 88 exchanges of SyncBatchNorm and the samples of other ranks" in step_report.table(r)
     assert set(r["phases_ms"]) == {"augment", "step"} and r["phases_ms"]["step"] == pytest.approx(r["step_ms"])
     assert "--no-parts" in r["command"] and "most of the time" not in r["binds"] and "  step  " in step_report.table(r)
     assert (tmp_path / "step_simclr_mini.png").stat().st_size > 0
@@ -191,7 +205,8 @@ def test_operators_are_those_that_python_calls():
 @pytest.mark.parametrize(
     "changed, text",
     [
-        ({"host_ms": 9.0}, "launching from the host (9.0 of 10.0 ms)"),
+        ({"idle_ms": 1.1}, "launching from the host (nothing runs for 1.1 of 10.0 ms)"),
+        ({"idle_ms": None}, "no roof"),
         ({"share_of_memory_roof": 0.9}, "memory (90% of its roof)"),
         ({"share_of_compute_roof": 0.86}, "arithmetic (86% of its roof)"),
         ({}, "no roof: 30% of the compute roof, 40% of the memory roof; most of the time in backward 60%, target forward 30%, update 10%"),
@@ -199,7 +214,7 @@ def test_operators_are_those_that_python_calls():
 )
 def test_what_binds_a_step(changed: dict, text: str):
     parts = {"augment": 99.0, "target_forward": 3.0, "backward": 6.0, "update": 1.0, "student_forward": 0.5}
-    r = {"phases_ms": parts, "step_ms": 10.0, "host_ms": 2.0, "share_of_compute_roof": 0.3, "share_of_memory_roof": 0.4, **changed}
+    r = {"phases_ms": parts, "step_ms": 10.0, "idle_ms": 0.2, "share_of_compute_roof": 0.3, "share_of_memory_roof": 0.4, **changed}
     assert step_report.binds(r).replace("clip + optimizer + EMA", "update").startswith(text)
 
 

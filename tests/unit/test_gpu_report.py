@@ -34,13 +34,20 @@ def step(device: str, arch: str, **changed) -> dict:
         "compute_roof_ms": 25.0,
         "mfu": 0.25,
     }
-    counts = {"kernels": 900, "host_syncs": 0, "graph_breaks": 0}
+    counts = {"kernels": 900, "host_syncs": 0, "graph_breaks": 0, "idle_ms": 2.0}
+    alone = {"norm_collectives_left_out": 0, "samples_left_out": False}
     times = {"step_ms_p5": 99.0, "step_ms_p95": 101.0, "peak_mib": 10240.0, "phases_ms": {**phases, "update": 12.0}}
-    return {**values, **roofs, **counts, **times, **changed}
+    return {**values, **roofs, **counts, **alone, **times, **changed}
 
 
 def result(device: str, steps: dict) -> dict:
-    return {"device": device, "date": "2026-01-01", "versions": {"commit": "abcdef0123456789", "torch": "2.13"}, "step": steps}
+    return {
+        "device": device,
+        "date": "2026-01-01",
+        "machine": {"cpu": "EPYC", "ram_gib": 128.0},
+        "versions": {"commit": "abcdef0123456789", "torch": "2.13"},
+        "step": steps,
+    }
 
 
 def test_projections_by_hand():
@@ -50,6 +57,20 @@ def test_projections_by_hand():
     assert found["V100"] == pytest.approx(8 * 100 / (0.100 * 2.04 / 0.90 + 7 / 130))
     found = gpu_report.projections(step("NVIDIA A100-SXM4-80GB", "vit_small_patch16"), 0)
     assert found["V100"] == pytest.approx(8 * 100 / (0.100 * 312 / 125))
+    found = gpu_report.projections(step("NVIDIA A100-SXM4-80GB", "resnet50", norm_collectives_left_out=400), 0)
+    assert found["A100"] == pytest.approx(8 * 100 / (0.100 + 400 * 30e-6)), "an exchange takes as long on any kind"
+
+
+def test_what_is_not_projected():
+    a100 = "NVIDIA A100-SXM4-80GB"
+    steps = {
+        "byol_mini": step(a100, "resnet50", idle_ms=12.0),
+        "sfrik_mini": step(a100, "resnet50", samples_left_out=True, norm_collectives_left_out=9),
+    }
+    text = gpu_report.tables(gpu_report.derived(result(a100, steps)))
+    assert "No projection of `byol_mini`: the device is idle for 12% of the step" in text
+    assert "No projection of `sfrik_mini`: ranks compare" in text and "| 9 + samples |" in text
+    assert "Projection, not" not in text and "cpu EPYC; ram gib 128" in text
 
 
 def test_the_report(tmp_path: Path, monkeypatch, capsys):
@@ -72,7 +93,7 @@ def test_the_report(tmp_path: Path, monkeypatch, capsys):
 
 def test_a_device_without_a_datasheet_has_no_projections():
     d = gpu_report.derived(result("Some GPU", {"byol_mini": step("Some GPU", "resnet50")}))
-    assert "No projections: the datasheet of Some GPU is not listed" in gpu_report.tables(d)
+    assert "No projection of `byol_mini`: the datasheet of Some GPU is not listed" in gpu_report.tables(d)
 
 
 def test_a_file_that_is_not_there(monkeypatch):
