@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Literal
 
@@ -46,14 +47,15 @@ from loaders.errors import DataError
 OUT = Path("data/bench")
 WARM_UP, STEPS = {"cuda": 50, "cpu": 1}, {"cuda": 200, "cpu": 5}
 CAPTURE = 3
-"""Steps after the first, which runs a graph's kernels one by one, until all are captured."""
+"""Steps after the first, which runs a graph's kernels one by one, until all are captured; of each number of hidden patches."""
 
 
 # ------------------------------------------------------------------------------------------------ what is timed
 
 
 def whole(rank: Rank) -> dict[str, Run]:
-    return {"augment": lambda: rank.augment(rank.images), "step": lambda: train_step(rank.state, [rank.views])}
+    turns = cycle(rank.turns)
+    return {"augment": lambda: rank.augment(rank.images), "step": lambda: train_step(rank.state, [next(turns)])}
 
 
 def prefixes(rank: Rank, recorded: Recorded) -> dict[str, Run]:
@@ -143,7 +145,7 @@ def measured(
     if replayed:
         besides = torch.cuda.memory_allocated() - held_bytes(rank)  # images and views
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(max(warmup, CAPTURE) if replayed else warmup):
+    for _ in range(max(warmup, CAPTURE * len(rank.turns)) if replayed else warmup):
         step()
     # A replay allocates nothing: what a graph needs was allocated when it was captured, and stays its own.
     peak = torch.cuda.max_memory_allocated() - besides if replayed else None

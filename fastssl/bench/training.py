@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastssl.augment import Augmenter
-from fastssl.batch import ImageBatch, Views
+from fastssl.batch import ImageBatch, Views, masked_patches
 from fastssl.bench.augment_work import material
 from fastssl.config import RunConfig
 from fastssl.distributed import Dist
@@ -18,11 +18,14 @@ from fastssl.hooks import GarbageCollection
 from fastssl.methods import build_method
 from fastssl.presets import PRESETS
 from loaders.errors import DataError
+from loaders.geometry import Geometry
 
 STEPS_PER_EPOCH = 1000
 """All that is measured happens in the first epoch."""
 ON_CPU = 8
 """Images of a step on a CPU, unless told otherwise: it takes a hundred times as long."""
+DRAWS = 4
+"""Of masks, where a method has some."""
 RANKS = 8
 """Of a published run that does not say how many it had."""
 
@@ -34,6 +37,8 @@ class Rank:
     augment: Augmenter
     views: Views
     """Of the images, with boxes, flips and masks: what a training step takes."""
+    turns: tuple[Views, ...]
+    """The same with other draws of the masks, for the steps in turn: how many patches are hidden changes as in training."""
 
     @property
     def batch(self) -> int:
@@ -73,7 +78,21 @@ def one_rank(cfg: RunConfig, dist: Dist, batch: int, images: ImageBatch | None =
         channels_last=cfg.efficiency.channels_last,
         compile=state.compiled and dist.device.type == "cuda",
     )
-    return Rank(state, images, augment, augment(images))
+    views = augment(images)
+    return Rank(state, images, augment, views, (views, *masked_anew(views, cfg)))
+
+
+def masked_anew(views: Views, cfg: RunConfig) -> list[Views]:
+    """The views with the masks of some later epochs; none where nothing is masked."""
+    if views.masked is None:
+        return []
+    geometry, ids = Geometry(cfg.views, cfg.train.seed), views.index.cpu().numpy()
+    found = []
+    for epoch in range(1, DRAWS):
+        masks = geometry.draw_masks(ids, epoch)
+        on_device = (torch.from_numpy(a).to(views.masked.device) for a in (masks, masked_patches(masks)))
+        found.append(replace(views, **dict(zip(("masks", "masked"), on_device, strict=True))))
+    return found
 
 
 @contextmanager

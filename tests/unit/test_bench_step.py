@@ -249,9 +249,26 @@ def test_pythons_collector_rests_in_every_stage(monkeypatch):
 def test_colours_are_compiled_as_the_network_is(compiled: bool, monkeypatch):
     made = {}
     monkeypatch.setattr(training, "prepare", lambda *args: SimpleNamespace(dtype=torch.bfloat16, compiled=compiled))
-    monkeypatch.setattr(training, "Augmenter", lambda views, **how: made.update(how) or (lambda images: None))
+    monkeypatch.setattr(training, "Augmenter", lambda views, **how: made.update(how) or (lambda images: SimpleNamespace(masked=None)))
     training.one_rank(PRESETS["byol_mini"](), Dist(0, 1, 0, 1, CUDA), 4, images=())
     assert made["compile"] is compiled and made["dtype"] is torch.bfloat16
+
+
+def test_steps_take_other_masks_in_turn(monkeypatch):
+    taken = []
+    monkeypatch.setattr(training, "prepare", lambda *args: SimpleNamespace(dtype=torch.float32, compiled=False))
+    monkeypatch.setattr(step, "train_step", lambda state, micro_batches: taken.extend(micro_batches))
+    rank = training.one_rank(PRESETS["ibot_mini"](), Dist(0, 1, 0, 1, CPU), 4)
+    run = step.whole(rank)["step"]
+    for _ in range(training.DRAWS + 1):
+        run()
+    assert taken[0] is rank.views is taken[-1]
+    assert all(views.groups is rank.views.groups and views.masks.shape == rank.views.masks.shape for views in taken)
+    assert len({int(views.masks.sum()) for views in taken}) > 1
+    for views in taken:
+        assert views.masks.swapaxes(0, 1).flatten().nonzero().flatten().tolist() == [i for i in views.masked.tolist() if i >= 0]
+    rank = training.one_rank(PRESETS["dino_vit_mini"](), Dist(0, 1, 0, 1, CPU), 4)
+    assert rank.turns == (rank.views,)
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
