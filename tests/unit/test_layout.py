@@ -1,6 +1,7 @@
 """DESIGN.md section 2: who may import whom, and how large a file may grow."""
 
 import ast
+import runpy
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,9 @@ def test_no_bench_imports_another():
             found = {i.split(".")[2] for i in imported((folder / f"{module}.py").read_text()) if i.startswith("fastssl.bench.")}
             todo += [m for m in found - seen if (folder / f"{m}.py").is_file()]
         assert not seen & (set(names) - {name}), name
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests/gpu").glob("test_*.py")), ids=lambda file: file.stem)
+def test_gpu_tests_import_without_a_gpu(file):
+    """One that does not ends the whole run of the others, and only a machine with a GPU would tell."""
+    runpy.run_path(str(file))
