@@ -30,6 +30,9 @@ class ImageBatch:
     """int32 [B], bytes from one row to the next (>= 3 * width)."""
     index: Tensor
     """int64 [B], sample ids."""
+    key: Tensor
+    """int64 [B], what keys the random draws of each image beside seed, epoch and view: the sample id, or in a balanced order, where
+    an image may come twice in an epoch and even in a step, its position in the epoch."""
     label: Tensor | None
     """int64 [B], or None for unlabelled data."""
     boxes: Tensor
@@ -61,7 +64,8 @@ class ImageBatch:
     ) -> ImageBatch:
         """A batch of images that are at hand: uint8 [h, w, 3] each, with boxes [B, V, 4] and flips [B, V] (default: none).
 
-        index: sample ids, default 0 .. B - 1.  pad: unused bytes after each row and each image, as a decoder may leave.
+        index: sample ids, and the keys of the draws; default 0 .. B - 1.  pad: unused bytes after each row and each image, as a
+        decoder may leave.
         """
         parts, offsets, at = [], [], 0
         for image in images:
@@ -72,13 +76,15 @@ class ImageBatch:
             offsets.append(at)
             at += rows.size + pad
         heights, widths = ([image.shape[axis] for image in images] for axis in (0, 1))
+        index = torch.arange(len(images)) if index is None else torch.as_tensor(index)
         tensors = {
             "pixels": torch.from_numpy(np.concatenate(parts)),
             "offset": torch.tensor(offsets),
             "height": torch.tensor(heights, dtype=torch.int32),
             "width": torch.tensor(widths, dtype=torch.int32),
             "pitch": torch.tensor([3 * w + pad for w in widths], dtype=torch.int32),
-            "index": torch.arange(len(images)) if index is None else torch.as_tensor(index),
+            "index": index,
+            "key": index,
             "boxes": (boxes := torch.as_tensor(boxes, dtype=torch.float32)),
             "flips": torch.zeros(boxes.shape[:2], dtype=torch.bool) if flips is None else torch.as_tensor(flips, dtype=torch.bool),
         }

@@ -3,7 +3,8 @@
 Every random number of the data path is `uniform(seed, stream, epoch, sample, view, slot)`: a pure function, so a crop or
 a colour does not depend on the back end, the number of workers or ranks, or on where a run was resumed.
 
-Counter words: sample id (< 2**32), epoch, view | stream << 16, block of four slots.  Key: the two halves of the seed.
+Counter words: sample (its id, or in a balanced order its position in the epoch; < 2**32), epoch, view | stream << 16, block of
+four slots.  Key: the two halves of the seed.
 torch is imported inside the torch forms only: loader threads and converters need none of it.
 """
 
@@ -74,7 +75,7 @@ def random_u32(seed, stream, epoch, a, b):
 
 
 def uniform_torch(seed: int, stream: int, epoch: int, sample: torch.Tensor, views: torch.Tensor, slots: int):
-    """[B] sample ids, [V] view ids -> float64 [V, B, slots] on their device: the numbers `fill_uniform` gives.
+    """[B] samples, [V] view ids -> float64 [V, B, slots] on their device: the numbers `fill_uniform` gives.
 
     int64 products wrap around; the bits are those of the unsigned product, so a mask after the shift is enough.
     """

@@ -94,8 +94,10 @@ class TrainLoader:
                 while announced <= order.window(s):  # the window of this step, and the one after it
                     announced += 1
                     self._announce(announced)
-            for micro in np.split(order.ids(s, self._dist.rank, self._dist.world), self._accumulation_steps):
-                yield Job(micro, order.draw_key(s), s)
+            ids = order.ids(s, self._dist.rank, self._dist.world)
+            micro_batches = (np.split(a, self._accumulation_steps) for a in (ids, order.keys(s, ids, self._dist.rank)))
+            for micro, keys in zip(*micro_batches, strict=True):
+                yield Job(micro, order.epoch(s), s, keys)
 
     def _announce(self, window: int) -> None:
         """Let this machine's ranks, each for its share, have a window of chunks read in long pieces instead of image by image."""

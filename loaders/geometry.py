@@ -1,8 +1,8 @@
 """Where every view is cut: boxes and flips drawn from the sample's own random stream, before anything is decoded; and its masks.
 
 `Crop` follows torchvision's RandomResizedCrop.get_params inside the view's region; `CenterCrop` is the box that torchvision's
-Resize + CenterCrop would show; either may be flipped.  Draws are keyed by (seed, epoch, sample id, view), so they are the same
-for any back end, worker count, rank count or resume point.
+Resize + CenterCrop would show; either may be flipped.  Draws are keyed by (seed, epoch, the image's key, view), so they are the
+same for any back end, worker count, rank count or resume point.  The key is the sample id, but see `Order.keys`.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def random_box(u, height, width, limits):
 
 
 @njit(nogil=True)
-def _draw(boxes, flips, ids, heights, widths, random, centre, seed, epoch):
+def _draw(boxes, flips, keys, heights, widths, random, centre, seed, epoch):
     u = np.empty(SLOTS)
-    for b in range(ids.shape[0]):
+    for b in range(keys.shape[0]):
         full_h, full_w = heights[b], widths[b]
         for v in range(random.shape[0]):
-            fill_uniform(u, seed, CROP, epoch, ids[b], v)
+            fill_uniform(u, seed, CROP, epoch, keys[b], v)
             flips[b, v] = u[FLIP] < random[v, 8]
             size, resize = centre[v, 0], centre[v, 1]
             if size > 0:
@@ -110,14 +110,14 @@ class Geometry:
             else:
                 self._random[v] = *crop.region, *crop.scale, *crop.ratio, crop.flip, crop.region_from == "middle"
 
-    def draw(self, ids: np.ndarray, epoch: int, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [B] sample ids, int32 [B] sizes -> boxes float32 [B, V, 4] (top, left, height, width in source pixels; whole
+    def draw(self, keys: np.ndarray, epoch: int, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [B] keys, int32 [B] sizes -> boxes float32 [B, V, 4] (top, left, height, width in source pixels; whole
         numbers for a `Crop`) and flips bool [B, V]."""
-        boxes = np.empty((len(ids), len(self._random), 4), np.float32)
-        flips = np.empty((len(ids), len(self._random)), np.bool_)
-        _draw(boxes, flips, ids, heights, widths, self._random, self._centre, np.uint64(self.seed % 2**64), epoch)
+        boxes = np.empty((len(keys), len(self._random), 4), np.float32)
+        flips = np.empty((len(keys), len(self._random)), np.bool_)
+        _draw(boxes, flips, keys, heights, widths, self._random, self._centre, np.uint64(self.seed % 2**64), epoch)
         return boxes, flips
 
-    def draw_masks(self, ids: np.ndarray, epoch: int) -> np.ndarray | None:
+    def draw_masks(self, keys: np.ndarray, epoch: int) -> np.ndarray | None:
         """bool [B, M, h, w] of the M views that have a mask, True where a patch is hidden; None when no view has one."""
-        return self._masks.draw(ids, epoch) if len(self._masks.views) else None
+        return self._masks.draw(keys, epoch) if len(self._masks.views) else None

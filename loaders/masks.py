@@ -1,7 +1,7 @@
 """Which patches of a view are hidden: masks drawn from the sample's own random stream (methods/ibot.md section 6).
 
-Keyed by (seed, epoch, sample id, view) as boxes are, and drawn beside them: the two masks of an image in 2 microseconds (iBOT's
-recipe, 14 x 14 patches, on one CPU core), where decoding it takes some hundred.
+Keyed by (seed, epoch, the image's key, view) as boxes are, and drawn beside them: the two masks of an image in 2 microseconds
+(iBOT's recipe, 14 x 14 patches, on one CPU core), where decoding it takes some hundred.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _LOG_ASPECT = math.log(0.3), math.log(1 / 0.3)
 """Logarithm of height / width of a rectangle, lowest and highest."""
 
 
-# What follows takes its numbers from a stream: u, the uniform numbers of its first slots, and key: int64 seed, epoch, sample, view,
-# and the next slot.  How many a mask needs is not known before.
+# What follows takes its numbers from a stream: u, the uniform numbers of its first slots, and key: int64 seed, epoch, the
+# image's key, view, and the next slot.  How many a mask needs is not known before.
 
 
 @kernel
@@ -82,12 +82,12 @@ def fill_random(mask, count, u, key):
 
 
 @kernel
-def _draw(masks, ids, views, blocks, ratios, spreads, counts, seed, epoch):
+def _draw(masks, keys, views, blocks, ratios, spreads, counts, seed, epoch):
     u, key = np.empty(_SLOTS), np.zeros(5, np.int64)
-    for b in range(len(ids)):
+    for b in range(len(keys)):
         for m in range(len(views)):
-            key[:] = seed, epoch, ids[b], views[m], 0
-            fill_uniform(u, seed, MASK, epoch, ids[b], views[m])
+            key[:] = seed, epoch, keys[b], views[m], 0
+            fill_uniform(u, seed, MASK, epoch, keys[b], views[m])
             n = counts[m]
             most = draw_ratio(ratios[m, :n], spreads[m, :n], u, key) * masks[b, m].size
             if blocks[m]:
@@ -120,8 +120,8 @@ class Masks:
             n = len(mask.pred_ratio)
             self._ratios[m, :n], self._spreads[m, :n] = mask.pred_ratio, mask.pred_ratio_var
 
-    def draw(self, ids: np.ndarray, epoch: int) -> np.ndarray:
-        """int64 [B] sample ids -> bool [B, M, side, side], True where a patch is hidden."""
-        masks = np.zeros((len(ids), len(self.views), self.side, self.side), np.bool_)
-        _draw(masks, ids, self.views, self._blocks, self._ratios, self._spreads, self._counts, self.seed, epoch)
+    def draw(self, keys: np.ndarray, epoch: int) -> np.ndarray:
+        """int64 [B] keys -> bool [B, M, side, side], True where a patch is hidden."""
+        masks = np.zeros((len(keys), len(self.views), self.side, self.side), np.bool_)
+        _draw(masks, keys, self.views, self._blocks, self._ratios, self._spreads, self._counts, self.seed, epoch)
         return masks

@@ -192,11 +192,6 @@ class Order:
         """Epoch that global step `step` (from 0) belongs to."""
         return step // self.steps_per_epoch
 
-    def draw_key(self, step: int) -> int:
-        """What keys the random draws of a step beside sample and view: its epoch.  In a balanced order, where an image may come
-        twice in an epoch, the step."""
-        return step if self.sampling == "balanced" else self.epoch(step)
-
     def batch_size(self, step: int) -> int:
         """Images of global step `step` on all ranks: G, or fewer in a kept last batch."""
         return self._last if (step + 1) % self.steps_per_epoch == 0 else self.global_batch_size
@@ -221,6 +216,14 @@ class Order:
         else:
             out[:] = np.arange(first, first + len(out)) % self.num_samples
         return out if self._ids is None else self._ids[out]
+
+    def keys(self, step: int, ids: np.ndarray, rank: int = 0) -> np.ndarray:
+        """int64, what keys the random draws of `ids`, a rank's samples of a step, beside epoch and view: the sample id.  In a
+        balanced order, where an image may come twice in an epoch and even in a step, its position in the epoch."""
+        if self.sampling != "balanced":
+            return ids
+        first = step % self.steps_per_epoch * self.global_batch_size + rank * len(ids)
+        return np.arange(first, first + len(ids))
 
     def window(self, step: int) -> int:
         """Number, counted from the first epoch on, of the window of chunks that a step ends in."""

@@ -35,6 +35,8 @@ class Job:
     ids: np.ndarray
     epoch: int
     step: int
+    keys: np.ndarray | None = None
+    """int64 [B]: what keys the draws of each sample beside epoch and view; None: the sample ids."""
 
 
 @dataclass
@@ -133,23 +135,24 @@ class Ring:
             job = following
 
     def _fill(self, slot: _Slot, job: Job) -> ImageBatch:
-        ids = job.ids
+        ids, keys = job.ids, job.ids if job.keys is None else job.keys
         heights, widths = self._decoder.sizes(ids)
         sizes = 3 * heights.astype(np.int64) * widths
         room = -(-sizes // _ALIGN) * _ALIGN
         offsets = np.cumsum(room) - room
         total = int(room.sum())
-        boxes, flips = self._geometry.draw(ids, job.epoch, heights, widths)
+        boxes, flips = self._geometry.draw(keys, job.epoch, heights, widths)
 
         if self._cuda:
             slot.copied.synchronize()
         if total > self._capacity:
             self._capacity = math.ceil(total * 1.15 / 2**20) * 2**20  # batches differ: leave room for the largest
         pixels = self._decode(slot, ids, heights, widths, offsets, total)
-        small = {"offset": offsets, "height": heights, "width": widths, "pitch": 3 * widths, "index": ids, "boxes": boxes, "flips": flips}
+        small = {"offset": offsets, "height": heights, "width": widths, "pitch": 3 * widths}
+        small |= {"index": ids, "key": keys, "boxes": boxes, "flips": flips}
         if self._decoder.labels is not None:
             small["label"] = self._decoder.labels[ids]
-        if (masks := self._geometry.draw_masks(ids, job.epoch)) is not None:
+        if (masks := self._geometry.draw_masks(keys, job.epoch)) is not None:
             small |= {"masks": masks, "masked": masked_patches(masks)}
         packed = dict(zip(small, self._pack(slot, list(small.values())), strict=True))
         if self._cuda:

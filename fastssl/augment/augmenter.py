@@ -112,7 +112,7 @@ def triton_problem(device: torch.device) -> str:
 
 
 class Augmenter:
-    """`augmenter(batch) -> Views`: every view of every image of the batch, drawn by (seed, epoch, sample id, view).
+    """`augmenter(batch) -> Views`: every view of every image of the batch, drawn by (seed, epoch, the image's key, view).
 
     On CUDA: Triton kernels, or torch operations where those do not run (said in the log); neither synchronises with the host.  On
     a CPU: numba kernels of the same formulas, one image per thread at a time, on torch.get_num_threads() threads.
@@ -154,7 +154,7 @@ class Augmenter:
 
     @torch.no_grad()
     def __call__(self, batch: ImageBatch) -> Views:
-        params = self.draws(batch.epoch, batch.index)
+        params = self.draws(batch.epoch, batch.key)
         # inside someone's autocast the weights' products would lose three decimal digits
         with torch.autocast(batch.pixels.device.type, enabled=False):
             rendered = tuple(self._group(batch, plan, params.of(plan.views)) for plan in self.plans)
@@ -174,5 +174,5 @@ class Augmenter:
         if plan.patches is None:
             return Group(plan.size, plan.views, x)
         crop = plan.patches
-        corners = patches.draw(crop, seed=self.seed, epoch=batch.epoch, index=batch.index, view=plan.views[0])
+        corners = patches.draw(crop, seed=self.seed, epoch=batch.epoch, key=batch.key, view=plan.views[0])
         return Group(crop.patch_size, plan.views * crop.patches, patches.cut_patches(x, corners, crop.patch_size))

@@ -1,7 +1,7 @@
 """The random part of the colour operations: one draw per (image, view), outside every kernel.
 
-A draw depends on (seed, epoch, sample id, view) only, so an image gets the same colours whatever batch, rank or worker it
-is in, and a resumed run continues the stream.
+A draw depends on (seed, epoch, the image's key, view) only, so an image gets the same colours whatever batch, rank or worker
+it is in, and a resumed run continues the stream.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ColourParams:
 
 
 class ColourDraws:
-    """`draws(epoch, index) -> ColourParams` for one spec; its constants wait on `device` as [V, 1] tensors."""
+    """`draws(epoch, key) -> ColourParams` for one spec; its constants wait on `device` as [V, 1] tensors."""
 
     def __init__(self, spec: ViewSpec, *, device: torch.device, seed: int) -> None:
         def column(values: list[float]) -> Tensor:
@@ -81,9 +81,9 @@ class ColourDraws:
         self.span[SHIFT_H] = (column([-p.hue for p in photo]), column([p.hue for p in photo]))
         self.span[SIGMA] = (column([p.sigma[0] for p in photo]), column([p.sigma[1] for p in photo]))
 
-    def __call__(self, epoch: int, index: Tensor) -> ColourParams:
-        """index: int64 [B] sample ids on the device."""
-        u = uniform_torch(self.seed, COLOUR, epoch, index, self.views, SLOTS)
+    def __call__(self, epoch: int, key: Tensor) -> ColourParams:
+        """key: int64 [B], `ImageBatch.key`, on the device."""
+        u = uniform_torch(self.seed, COLOUR, epoch, key, self.views, SLOTS)
 
         def happens(slot: int) -> Tensor:
             return u[..., slot] < self.probability[slot]

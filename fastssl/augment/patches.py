@@ -2,7 +2,7 @@
 W2SSL's windows: two of them, one above the other.
 
 Crop, flip and colours are drawn once per image and the patches share them, so they are cut last, from normalised pixels.
-Static shapes, no host synchronisation; every draw is keyed by (seed, epoch, sample id, view).
+Static shapes, no host synchronisation; every draw is keyed by (seed, epoch, the image's key, view).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ CELLS = SIDE * SIDE
 FIRST_JITTER, FIRST_SORT, SLOTS = 0, 2 * CELLS, 3 * CELLS
 
 
-def draw(crop: PatchCrop, *, seed: int, epoch: int, index: Tensor, view: int) -> Tensor:
-    """int64 [B] sample ids -> top left corners int64 [patches, B, 2] (y, x) in pixels of the crop, on the ids' device."""
-    device = index.device
+def draw(crop: PatchCrop, *, seed: int, epoch: int, key: Tensor, view: int) -> Tensor:
+    """key: int64 [B], `ImageBatch.key` -> top left corners int64 [patches, B, 2] (y, x) in pixels of the crop, on its device."""
+    device = key.device
     # arange, unlike tensor([view]), copies nothing from the host
-    u = uniform_torch(seed, PATCH, epoch, index, torch.arange(view, view + 1, device=device), SLOTS)[0]
+    u = uniform_torch(seed, PATCH, epoch, key, torch.arange(view, view + 1, device=device), SLOTS)[0]
     if isinstance(crop, WindowCrop):
         return windows(crop, u[:, :3])
     jitter = (u[:, FIRST_JITTER:FIRST_SORT] * (crop.patch_jitter + 1)).long().unflatten(1, (CELLS, 2))
     if crop.patches == CELLS:
-        cells = torch.arange(CELLS, device=device).expand(len(index), -1)
+        cells = torch.arange(CELLS, device=device).expand(len(key), -1)
     else:
         cells = u[:, FIRST_SORT:].argsort(dim=1, stable=True)[:, : crop.patches]
     return corners(crop, jitter, cells)

@@ -95,10 +95,10 @@ def as_batch(images: Sequence[Image.Image], spec: ViewSpec, *, seed: int, epoch:
 
 def cards(images: Sequence[Image.Image], batch: ImageBatch, spec: ViewSpec, augment: Augmenter, seed: int) -> list[list[Card]]:
     """The pictures of every image, in the views' order: by `augment`, which has that seed, and by Pillow with the same draws."""
-    index = batch.index.cpu()
-    params = ColourDraws(spec, device=index.device, seed=seed)(batch.epoch, index)
+    key = batch.key.cpu()
+    params = ColourDraws(spec, device=key.device, seed=seed)(batch.epoch, key)
     corners = {
-        v: patches.draw(view.crop, seed=seed, epoch=batch.epoch, index=index, view=v).tolist()
+        v: patches.draw(view.crop, seed=seed, epoch=batch.epoch, key=key, view=v).tolist()
         for v, view in enumerate(spec)
         if isinstance(view.crop, PatchCrop)
     }

@@ -139,6 +139,7 @@ def material(spec: ViewSpec, images: int, device: torch.device) -> Material:
         width=same(width),
         pitch=same(3 * width),
         index=index,
+        key=index,
         label=None,
         boxes=torch.from_numpy(boxes).to(device),
         flips=torch.from_numpy(flips).to(device),

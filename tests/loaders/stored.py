@@ -84,7 +84,7 @@ def train_loader(path: Path, *, dist: OneMachine | None = None, batch: int = 8, 
 
 def copied(batch: ImageBatch) -> dict:
     """What a batch holds, copied out of the ring to the host."""
-    names = ("index", "label", "height", "width", "boxes", "flips")
+    names = ("index", "key", "label", "height", "width", "boxes", "flips")
     small = {name: None if getattr(batch, name) is None else getattr(batch, name).cpu().clone() for name in names}
     return small | {"images": [batch.image(i).cpu().clone() for i in range(len(batch))], "epoch": batch.epoch, "step": batch.step}
 
@@ -97,7 +97,7 @@ def assert_same(a: list[dict], b: list[dict], pixels: bool = True) -> None:
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         assert (x["epoch"], x["step"]) == (y["epoch"], y["step"])
-        for name in ("index", "label", "height", "width", "boxes", "flips"):
+        for name in ("index", "key", "label", "height", "width", "boxes", "flips"):
             assert torch.equal(x[name], y[name]), name
         if pixels:
             assert all(torch.equal(p, q) for p, q in zip(x["images"], y["images"], strict=True))

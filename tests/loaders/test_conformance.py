@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fastssl.recipes import center_crop
+from fastssl.augment.augmenter import Augmenter
+from fastssl.augment.draws import ColourDraws
+from fastssl.recipes import center_crop, ibot
+from fastssl.views import Mask
 from loaders import dali, ffcv
 from loaders.beton import JPEG, RAW, Beton, BetonWriter
-from loaders.build import build_eval_loader
+from loaders.build import build_eval_loader, build_loader
 from loaders.class_folders import scan
 from loaders.decoder import OK, Samples
 from loaders.geometry import Geometry
@@ -83,8 +88,16 @@ class Truth:
         order = Order(len(self.samples), GLOBAL_BATCH, SEED)
         ids = order.ids(step)
         heights, widths = self.samples.height[ids], self.samples.width[ids]
-        boxes, flips = Geometry(SPEC, SEED).draw(ids, order.draw_key(step), heights, widths)
-        arrays = {"index": ids, "label": self.samples.label[ids], "height": heights, "width": widths, "boxes": boxes, "flips": flips}
+        boxes, flips = Geometry(SPEC, SEED).draw(ids, order.epoch(step), heights, widths)
+        arrays = {
+            "index": ids,
+            "key": ids,
+            "label": self.samples.label[ids],
+            "height": heights,
+            "width": widths,
+            "boxes": boxes,
+            "flips": flips,
+        }
         return {name: torch.from_numpy(np.array(a)) for name, a in arrays.items()} | {"epoch": order.epoch(step), "step": step}
 
 
@@ -112,7 +125,7 @@ def check(path: Path, backend: str, world: int, workers: int, start: int, truth:
         batches.close()
     for n in range(count):
         expected, got = truth.batch(start + n), [part[n] for part in parts]
-        for name in ("index", "label", "height", "width", "boxes", "flips"):
+        for name in ("index", "key", "label", "height", "width", "boxes", "flips"):
             assert torch.equal(torch.cat([g[name] for g in got]), expected[name]), name
         assert all((g["epoch"], g["step"]) == (expected["epoch"], expected["step"]) for g in got)
         images = [image for g in got for image in g["images"]]
@@ -200,6 +213,54 @@ def test_the_folder_gives_the_batches_of_the_beton_made_of_its_files(tmp_path):
     a = collect(train_loader(tmp_path / "tree", batch=10, backend="folder").from_step(1), 4)
     b = collect(train_loader(tmp_path / "train.beton", batch=10, backend="torchvision").from_step(1), 4)
     assert_same(a, b)
+
+
+def test_an_image_that_a_step_repeats_looks_different_each_time(tmp_path):
+    """Balanced, 28 images of one class and 2 of the other, each of which comes three times in a step of 12."""
+    with BetonWriter(tmp_path / "train.beton", 30) as writer:
+        for i, sample in enumerate(samples(raw=False, count=30)):
+            writer.append(*sample, label=int(i in (0, 3)))
+        writer.finish([f"{i}.jpg" for i in range(30)])
+    spec = ibot(size=32, local_size=16, local_crops=1, mask=Mask(patch_size=4))
+    augment = Augmenter(spec, device="cpu", dtype=torch.float32, seed=SEED)
+
+    def seen(backend: str, world: int, start: int, **options) -> list[tuple]:
+        """Of each image of two steps, in the global order: id, key, boxes, masks, and the first two views."""
+        found = {}
+        for rank in range(world):
+            loader = build_loader(
+                *(str(tmp_path), "train", spec),
+                dist=OneMachine(rank, world, world),
+                seed=SEED,
+                backend=backend,
+                order="balanced",
+                **options,
+            )
+            with closing(loader.from_step(start)) as batches:
+                for batch in islice(batches, 2 * options.get("accumulation_steps", 1)):
+                    assert batch.epoch == batch.step // 2
+                    views = augment(batch)
+                    whole = torch.stack(views.per_view()[:2], 1)
+                    of = found.setdefault((batch.step, rank), [])
+                    of += zip(batch.index.tolist(), batch.key.tolist(), batch.boxes, views.masks, whole, strict=True)
+        return [image for place in sorted(found) for image in found[place]]
+
+    alone = seen("torchvision", 1, 0, batch=12)
+    repeated = [image for image in alone[:12] if image[0] == 3]
+    assert len(repeated) == 3
+    for a, b in combinations(repeated, 2):
+        assert not any(torch.equal(x, y) for x, y in zip(a[2:], b[2:], strict=True))
+    colours = ColourDraws(spec, device=torch.device("cpu"), seed=SEED)(0, torch.tensor([image[1] for image in repeated]))
+    assert len(set(colours.brightness[0].tolist())) == 3
+    ranks = seen("torchvision", 3, 0, batch=2, accumulation_steps=2, workers=2)
+    resumed = seen("torchvision", 2, 1, batch=6)
+    for other, expected in ((ranks, alone), (resumed[:12], alone[12:])):
+        for x, y in zip(other, expected, strict=True):
+            assert x[:2] == y[:2] and all(torch.equal(p, q) for p, q in zip(x[2:], y[2:], strict=True))
+    for backend in ("ffcv", "dali"):
+        if not {"ffcv": ffcv, "dali": dali}[backend].load():
+            for x, y in zip(seen(backend, 1, 0, batch=12), alone, strict=True):
+                assert x[:2] == y[:2] and all(torch.equal(p, q) for p, q in zip(x[2:4], y[2:4], strict=True))
 
 
 def test_the_comparison_would_notice(folder):

@@ -203,11 +203,25 @@ def test_classes_take_turns(ids):
 
 
 def test_repeated_images_are_cut_anew():
-    """In a balanced order an image of a small class comes several times an epoch, and must not look the same each time."""
-    balanced = Order(len(LABELS), 10, sampling="balanced", labels=LABELS)
-    assert Counter(epoch_of(balanced, 0).tolist()).most_common(1)[0][1] > 5
-    assert [balanced.draw_key(s) for s in (0, 1, 30)] == [0, 1, 30]
-    assert [Order(100, 10).draw_key(s) for s in (0, 9, 10, 25)] == [0, 0, 1, 2]
+    """In a balanced order an image of a small class comes several times an epoch, and in a large batch several times a step; it
+    must not look the same each time."""
+    balanced = Order(len(LABELS), 50, sampling="balanced", labels=LABELS, last_batch="keep", multiple_of=10)
+    steps = [balanced.ids(s) for s in range(balanced.steps_per_epoch)]
+    assert Counter(steps[0].tolist()).most_common(1)[0][1] > 1
+    keys = [balanced.keys(s, ids) for s, ids in enumerate(steps)]
+    assert np.unique(np.concatenate(keys)).size == sum(map(len, steps)) == 260  # the last two fill up
+    for s, ids in enumerate(steps):
+        np.testing.assert_array_equal(np.concatenate([balanced.keys(s, part, r) for r, part in enumerate(np.split(ids, 5))]), keys[s])
+        np.testing.assert_array_equal(balanced.keys(s + 3 * balanced.steps_per_epoch, ids), keys[s])
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "chunks", "sequential"])
+def test_images_that_come_once_have_their_ids_as_keys(sampling):
+    order = Order(len(LABELS), 50, sampling=sampling)
+    for step in (0, 3, 7):
+        for rank in range(2):
+            ids = order.ids(step, rank, 2)
+            np.testing.assert_array_equal(order.keys(step, ids, rank), ids)
 
 
 def test_balance_needs_labels():

@@ -70,7 +70,7 @@ def test_nothing_waits_for_the_device(patches):
     crop = PatchCrop(size=24, patch_size=8, patch_jitter=3, patches=patches)
     x, index = torch.zeros(5, 3, 24, 24), torch.arange(5)
     with Calls() as calls:
-        cut_patches(x, draw(crop, seed=1, epoch=2, index=index, view=3), crop.patch_size)
+        cut_patches(x, draw(crop, seed=1, epoch=2, key=index, view=3), crop.patch_size)
     assert "unfold" in calls.seen
     assert not calls.seen & {"item", "tolist", "numpy", "__bool__", "__int__", "__index__", "nonzero", "masked_select", "tensor"}
 
@@ -86,7 +86,7 @@ def unscramble(crop: PatchCrop, places: torch.Tensor) -> tuple[torch.Tensor, tor
 def test_jitter_and_cells_are_uniform_and_independent():
     n = 24_000
     crop = PatchCrop(size=256, patch_size=96, patch_jitter=6, patches=3)
-    cells, jitter = unscramble(crop, draw(crop, seed=5, epoch=1, index=torch.arange(n), view=2))
+    cells, jitter = unscramble(crop, draw(crop, seed=5, epoch=1, key=torch.arange(n), view=2))
     for p in range(3):
         assert chisquare(cells[p].bincount(minlength=9)).pvalue > BY_CHANCE
         for axis in range(2):
@@ -103,30 +103,30 @@ def test_jitter_and_cells_are_uniform_and_independent():
 
 def test_all_nine_keep_the_order_of_the_grid():
     crop = PatchCrop(size=256, patch_size=96, patch_jitter=24, patches=9)
-    cells, jitter = unscramble(crop, draw(crop, seed=0, epoch=0, index=torch.arange(500), view=0))
+    cells, jitter = unscramble(crop, draw(crop, seed=0, epoch=0, key=torch.arange(500), view=0))
     assert (cells == torch.arange(9)[:, None]).all()
     assert jitter.amin() == 0 and jitter.amax() == 24
 
 
 def test_fewer_patches_are_the_first_ones():
     eight, three = (PatchCrop(size=256, patches=p) for p in (8, 3))
-    key = dict(seed=0, epoch=4, index=torch.arange(50), view=1)
+    key = dict(seed=0, epoch=4, key=torch.arange(50), view=1)
     assert torch.equal(draw(three, **key), draw(eight, **key)[:3])
 
 
 def test_a_corner_depends_on_seed_epoch_sample_and_view_only():
     crop, ids = PatchCrop(size=256, patch_jitter=60), torch.tensor([3, 8, 2**32 - 1, 5])
-    key = dict(seed=7, epoch=2, index=ids, view=1)
+    key = dict(seed=7, epoch=2, key=ids, view=1)
     here = draw(crop, **key)
-    assert torch.equal(draw(crop, **{**key, "index": ids[[2, 0]]}), here[:, [2, 0]])
-    for other in ({"seed": 8}, {"seed": 7 + 2**32}, {"epoch": 3}, {"index": ids + 10}, {"view": 2}):
+    assert torch.equal(draw(crop, **{**key, "key": ids[[2, 0]]}), here[:, [2, 0]])
+    for other in ({"seed": 8}, {"seed": 7 + 2**32}, {"epoch": 3}, {"key": ids + 10}, {"view": 2}):
         assert (draw(crop, **{**key, **other}) != here).any(-1).any(0).all(), other
 
 
 def test_windows_of_w2ssl():
     """A common left side U{0..112}, tops U{0..67} and U{45..112}, independent of each other (methods/w2ssl.md section 14)."""
     crop = w2ssl_windows()[2].crop
-    upper, lower = draw(crop, seed=3, epoch=1, index=torch.arange(20_000), view=2)
+    upper, lower = draw(crop, seed=3, epoch=1, key=torch.arange(20_000), view=2)
     assert torch.equal(upper[:, 1], lower[:, 1])
     for found, low, high in ((upper[:, 1], 0, 112), (upper[:, 0], 0, 67), (lower[:, 0], 45, 112)):
         assert (found.min(), found.max()) == (low, high)
@@ -153,6 +153,6 @@ def test_impossible_patches_are_refused(wrong, says):
 
 def test_the_largest_patches_that_fit():
     crop = PatchCrop(size=12, patch_size=9, patch_jitter=3, patches=9)
-    places = draw(crop, seed=0, epoch=0, index=torch.arange(300), view=0)
+    places = draw(crop, seed=0, epoch=0, key=torch.arange(300), view=0)
     assert places.amin() == 0 and places.amax() == 3
     assert cut_patches(torch.zeros(300, 3, 12, 12), places, 9).shape == (2700, 3, 9, 9)

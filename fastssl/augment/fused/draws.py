@@ -35,14 +35,14 @@ def unit(word):
 
 @triton.jit(do_not_specialize=["seed", "epoch", "batch"])
 def draw_kernel(
-    index, limits, orders, jitter, order, brightness, contrast, saturation, hue, grey, sigma, solarize,
+    key, limits, orders, jitter, order, brightness, contrast, saturation, hue, grey, sigma, solarize,
     seed, epoch, batch, STREAM: tl.constexpr, LIMITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The draws of BLOCK samples for one view: draws.ColourDraws, slot by slot.  limits: float64 [V, LIMITS], see FusedDraws."""
     v = tl.program_id(1)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = i < batch
-    sample = tl.load(index + i, mask=ok, other=0).to(tl.uint32)
+    sample = tl.load(key + i, mask=ok, other=0).to(tl.uint32)
     zero = tl.zeros([BLOCK], tl.uint32)
     counter = zero + (v | (STREAM << 16)).to(tl.uint32)
     when = zero + epoch.to(tl.uint32)
@@ -66,7 +66,7 @@ def draw_kernel(
 
 
 class FusedDraws:
-    """`draws(epoch, index) -> ColourParams`: the numbers of a `ColourDraws`, from one kernel."""
+    """`draws(epoch, key) -> ColourParams`: the numbers of a `ColourDraws`, from one kernel."""
 
     def __init__(self, draws: ColourDraws) -> None:
         self.seed, self.views = draws.seed, len(draws.views)
@@ -80,12 +80,12 @@ class FusedDraws:
         ).contiguous()
         self.orders = draws.orders
 
-    def __call__(self, epoch: int, index: Tensor) -> ColourParams:
-        """index: int64 [B] sample ids on the device."""
-        b = len(index)
+    def __call__(self, epoch: int, key: Tensor) -> ColourParams:
+        """key: int64 [B], `ImageBatch.key`, on the device."""
+        b = len(key)
 
         def empty(dtype: torch.dtype, *more: int) -> Tensor:
-            return torch.empty(self.views, b, *more, dtype=dtype, device=index.device)
+            return torch.empty(self.views, b, *more, dtype=dtype, device=key.device)
 
         params = ColourParams(
             jitter=empty(torch.bool),
@@ -99,7 +99,7 @@ class FusedDraws:
             solarize=empty(torch.bool),
         )
         draw_kernel[(math.ceil(b / SAMPLES), self.views)](
-            *(index, self.limits, self.orders, *params.tensors(), self.seed, epoch, b),
+            *(key, self.limits, self.orders, *params.tensors(), self.seed, epoch, b),
             STREAM=COLOUR,
             LIMITS=self.limits.shape[1],
             BLOCK=SAMPLES,
