@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -18,13 +19,18 @@ def scan(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], n
     """Image files below the class folders of `root` (paths relative to it), labels int64 [N], class names; in ImageFolder's
     order, without hidden files.  `classes`: names whose positions are the labels (those of the training set); default: its own.
 
-    Raises DataError without class folders, for a class folder without images, or for one that is not among `classes`.
+    Raises DataError without class folders, for a class folder without images, for one that is not among `classes`, or for a folder
+    that cannot be read.
     """
     if not root.is_dir():
         raise DataError(f"There is no folder {root}. Give the folder that holds train/ and val/ with one folder of images per class.")
-    own = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
+        own = sorted(entry.name for entry in entries if entry.is_dir())
+    except OSError as error:
+        _unreadable(error)
     if not own:
-        stray = sum(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(root))
+        stray = sum(entry.name.lower().endswith(EXTENSIONS) for entry in entries)
         raise DataError(
             f"{root} holds {f'{stray:,} images but ' if stray else ''}no class folders. Move each image into a folder named after its "
             "class (ImageNet: unpack the training tars into one folder each, and sort val/ into class folders), then try again."
@@ -35,7 +41,8 @@ def scan(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], n
             f"{root} has {len(strange)} class folders that the training set has not: {listed(strange)}. Give both splits the same class "
             "folders, then try again."
         )
-    folders = [(os.path.relpath(folder, root), names) for name in own for folder, _, names in os.walk(root / name, followlinks=True)]
+    walked = (walk for name in own for walk in os.walk(root / name, onerror=_unreadable, followlinks=True))
+    folders = [(os.path.relpath(folder, root), names) for folder, _, names in walked]
     files, labels = listing(folders, classes)
     filled = {classes[label] for label in np.unique(labels)}
     if empty := [name for name in own if name not in filled]:
@@ -44,6 +51,14 @@ def scan(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], n
             "Fill or remove them, then try again."
         )
     return files, labels, classes
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    """os.walk would leave such a folder out without a word."""
+    raise DataError(
+        f"{error.filename} cannot be read: {error.strerror}. Its images would be missing: correct its permissions or check the disk, or "
+        "remove it, then try again."
+    ) from error
 
 
 def listing(folders: Iterable[tuple[str, Sequence[str]]], classes: Sequence[str]) -> tuple[list[str], np.ndarray]:

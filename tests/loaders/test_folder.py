@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("simplejpeg")
+from loaders.class_folders import scan  # noqa: E402
 from loaders.decoder import OK  # noqa: E402
 from loaders.errors import DataError  # noqa: E402
 from loaders.folder import FolderDecoder  # noqa: E402
@@ -145,6 +147,25 @@ def test_class_folders_have_labels_and_a_folder_of_images_has_none(tmp_path):
     assert decoder.labels.tolist() == [1, 0] and decoder.classes == ["b", "a"]
     decoder, images = decode(tmp_path / "flat", ["b", "a"])
     assert decoder.labels is None and decoder.classes is None and decoder.files == ["10.JPG", "2.jpg"] and len(images) == 2
+
+
+@pytest.mark.parametrize("broken", [".", "a", "a/deep/er"])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, broken):
+    """Instead of left out."""
+    for name in ("a/1.jpg", "a/deep/er/2.jpg", "b/3.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert len(scan(tmp_path)[0]) == 3
+    scandir = os.scandir
+
+    def failing(path):
+        if Path(path) == tmp_path / broken:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(DataError, match=rf"{tmp_path / broken} cannot be read: Stale file handle\..* then try again"):
+        scan(tmp_path)
 
 
 def test_the_archive_of_odd_files(tmp_path):
