@@ -7,7 +7,9 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import cached_property
 from itertools import count
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -15,12 +17,14 @@ import torch
 
 from fastssl.batch import ImageBatch
 from fastssl.views import ViewSpec
+from loaders.class_folders import listed
 from loaders.decoder import Decoder, StoredDecoder
 from loaders.errors import DataError
 from loaders.geometry import Geometry
 from loaders.open import Backend, Split, open_decoder
 from loaders.order import LastBatch, Order, Sampling, shard
 from loaders.ring import Job, Ring
+from loaders.sidecar import sha256
 from loaders.subsets import select
 
 _log = logging.getLogger(__name__)
@@ -41,6 +45,9 @@ class Dist(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    def gather_objects(self, value: object) -> list:
+        """Every rank's picklable `value`, in rank order, on every rank."""
 
 
 class TrainLoader:
@@ -74,6 +81,11 @@ class TrainLoader:
         self.classes: Sequence[str] | None = decoder.classes
         self.wait_s = 0.0
         """Seconds that the consumer has waited for batches so far."""
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells these samples from any others, in their order: see `_digest`."""
+        return _digest(self._decoder, self.ids)
 
     def from_step(self, step: int) -> Iterator[ImageBatch]:
         """The batches of global step `step`, step + 1, ...: each step as `accumulation_steps` micro-batches in a row.
@@ -124,6 +136,11 @@ class EvalLoader:
         """int64 [num_samples] in the order of the pass, or None."""
         self.classes: Sequence[str] | None = decoder.classes
 
+    @cached_property
+    def digest(self) -> str:
+        """As a `TrainLoader`'s."""
+        return _digest(self.decoder, self.ids)
+
     def part(self, rows: np.ndarray) -> EvalLoader:
         """A pass over some samples of this one, by their places in it, shared by the ranks anew."""
         return EvalLoader(self.decoder, self._geometry, dist=self._dist, batch=self._batch, prefetch=self._prefetch, ids=self.ids[rows])
@@ -163,7 +180,8 @@ def build_loader(
 
     path: a folder with {train,val}.beton or {train,val}/ class folders; for training also one .beton or one tree of class
     folders.  order, last_batch: see `loaders.order`.  subset: a rule of `loaders.subsets`; "" takes every sample.  workers:
-    decoder threads of this rank; 0 takes its share of the cores.  Raises DataError when the data or the back end cannot be used.
+    decoder threads of this rank; 0 takes its share of the cores.  Every rank calls it.  Raises DataError when the data or the back
+    end cannot be used, or the ranks do not see the same data.
     """
     decoder, ids = _open(path, split, dist, batch, subset, backend, workers, prefetch)
     share = dist.world * accumulation_steps
@@ -177,9 +195,11 @@ def build_loader(
         labels=decoder.labels,
         multiple_of=share,
     )
-    return TrainLoader(
+    loader = TrainLoader(
         decoder, Geometry(spec, seed), positions, dist=dist, accumulation_steps=accumulation_steps, prefetch=prefetch, ids=ids
     )
+    _check_same_everywhere(loader, decoder.path, dist)
+    return loader
 
 
 def build_eval_loader(
@@ -196,7 +216,9 @@ def build_eval_loader(
 ) -> EvalLoader:
     """One sequential pass, shared by the ranks.  Arguments and errors as for `build_loader`."""
     decoder, ids = _open(path, split, dist, batch, subset, backend, workers, prefetch)
-    return EvalLoader(decoder, Geometry(spec), dist=dist, batch=batch, prefetch=prefetch, ids=ids)
+    loader = EvalLoader(decoder, Geometry(spec), dist=dist, batch=batch, prefetch=prefetch, ids=ids)
+    _check_same_everywhere(loader, decoder.path, dist)
+    return loader
 
 
 def _open(
@@ -219,6 +241,32 @@ def _open(
 
 def _part(labels: np.ndarray | None, ids: np.ndarray | None) -> np.ndarray | None:
     return labels if labels is None or ids is None else labels[ids]
+
+
+def _digest(decoder: Decoder, ids: np.ndarray) -> str:
+    """What tells the samples `ids` of a data set from any others: it changes with every image that is added, removed, moved to another
+    place or labelled anew, and with the subset; not with the back end, the ranks, or where the data lie.
+
+    Of a stored set: kinds, sizes, labels and, where it has a sidecar, the CRC-32 of all images.  Of a folder: names and labels of its
+    files, so a file that was written anew under its name is not noticed.
+    """
+    if isinstance(decoder, StoredDecoder):
+        s = decoder.samples
+        about = [s.mode, s.height, s.width, s.size, s.crc32]
+    else:
+        about = ["\0".join(decoder.files).encode("utf-8", "surrogateescape")]
+    columns = (np.ascontiguousarray(a) if isinstance(a, np.ndarray) else a for a in (*about, decoder.labels, ids) if a is not None)
+    return sha256(columns)[:16]
+
+
+def _check_same_everywhere(loader: TrainLoader | EvalLoader, path: Path, dist: Dist) -> None:
+    """Raise DataError, on every rank, when some rank sees other data than rank 0: an old copy on its machine, say."""
+    found = dist.gather_objects((loader.digest, loader.num_samples))
+    if odd := [f"{rank} ({found[rank][1]:,} images)" for rank in range(len(found)) if found[rank] != found[0]]:
+        raise DataError(
+            f"{path} is not the same for all ranks: rank 0 has {found[0][1]:,} images, and these have others: {listed(odd)}. Copy the data "
+            "anew to the machines of those ranks, or give all of them one --data.path that they share."
+        )
 
 
 def decoder_threads(asked: int, dist: Dist) -> int:

@@ -35,6 +35,9 @@ class OneMachine:
     local_world: int = 1
     device: torch.device = torch.device("cpu")
 
+    def gather_objects(self, value: object) -> list:
+        return [value] * self.world
+
 
 def picture(i: int) -> np.ndarray:
     """Smooth colours with some texture: uint8 [height, width, 3], or [height, width] for every ninth."""

@@ -355,7 +355,7 @@ def test_the_interpreter_ends_with_loaders_running(data):
     script = (
         "import sys; sys.path.insert(0, sys.argv[2]); import torch\n"
         "from types import SimpleNamespace\nfrom loaders.build import build_loader\nfrom fastssl.recipes import byol_asymmetric\n"
-        "dist = SimpleNamespace(rank=0, world=1, local_world=1, device=torch.device('cpu'))\n"
+        "dist = SimpleNamespace(rank=0, world=1, local_world=1, device=torch.device('cpu'), gather_objects=lambda x: [x])\n"
         "open = lambda backend: build_loader(sys.argv[1], 'train', byol_asymmetric(), dist=dist, batch=8, backend=backend)\n"
         "running = [open(backend).from_step(0) for backend in sys.argv[3:]]\n"
         "print(sum(len(next(batches)) for batches in running) // len(running))\n"

@@ -263,6 +263,39 @@ def test_an_image_that_a_step_repeats_looks_different_each_time(tmp_path):
                 assert x[:2] == y[:2] and all(torch.equal(p, q) for p, q in zip(x[2:4], y[2:4], strict=True))
 
 
+def test_the_digest_tells_data_apart_and_nothing_else(tmp_path, four_cores):
+    """Resuming on other data is refused by it."""
+    stored = samples(raw=True, count=20)
+
+    def digest(stored=stored, at="here", **options) -> str:
+        """Of a new data set."""
+        path = tmp_path / at / "train.beton"
+        path.parent.mkdir(exist_ok=True)
+        write(path, stored)
+        return train_loader(path, batch=options.pop("batch", 4), **options).digest
+
+    first = digest()
+    usable = [name for name, problem in (("ffcv", ffcv.load()), ("dali", dali.load()), ("torchvision", None)) if not problem]
+    assert {digest(backend=backend) for backend in usable} == {first}
+    assert {digest(at="there"), digest(order="balanced"), digest(batch=2, dist=OneMachine(1, 2, 2), workers=2)} == {first}
+    swapped = [*stored[:3], stored[11], *stored[4:11], stored[3], *stored[12:]]
+    assert stored[3][2:] == stored[11][2:]  # of one size
+    others = [digest(stored[:-1]), digest(samples(raw=True, count=21)), digest(swapped), digest(subset="first:3"), digest(subset="first:4")]
+    assert len({first, *others}) == 6
+
+    tree = tmp_path / "tree"
+    for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_bytes(stored[0][0])
+    of_tree = [train_loader(tree, batch=1).digest]
+    tree = tree.rename(tmp_path / "moved")
+    assert train_loader(tree, batch=1).digest == of_tree[0]
+    for old, new in (("a/2.jpg", "b/2.jpg"), ("b/2.jpg", "b/3.jpg"), ("b/3.jpg", "b/3.txt")):
+        (tree / old).rename(tree / new)
+        of_tree.append(train_loader(tree, batch=1).digest)
+    assert len(set(of_tree)) == 4
+
+
 def test_the_comparison_would_notice(folder):
     """A pixel that is off by one."""
     path = folder / "jpegs.beton"

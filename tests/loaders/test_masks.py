@@ -10,7 +10,6 @@ import torch
 
 from fastssl.augment.augmenter import Augmenter
 from fastssl.batch import MASKED_CHUNK, masked_patches
-from fastssl.distributed import Dist
 from fastssl.recipes import dino, ibot
 from fastssl.rng import MASK, fill_uniform, uniform
 from fastssl.views import Mask
@@ -18,6 +17,7 @@ from loaders.build import build_loader
 from loaders.errors import DataError
 from loaders.geometry import Geometry
 from loaders.masks import _LOG_ASPECT, Masks, draw_ratio, fill_blocks
+from tests.loaders.stored import OneMachine
 
 CPU = torch.device("cpu")
 
@@ -101,7 +101,7 @@ def test_masked_patches_are_listed_view_major_and_none_is_left_out():
 def test_from_the_loader_to_the_method(class_folders):
     spec = ibot(size=32, local_size=16, local_crops=1, mask=Mask(patch_size=8))
     for rank in (0, 1):
-        dist = Dist(rank, 2, rank, 2, CPU)
+        dist = OneMachine(rank, 2, 2)
         loader = build_loader(str(class_folders), "train", spec, dist=dist, batch=4, seed=5, backend="folder", workers=1)
         batches = loader.from_step(7)
         batch = next(batches)

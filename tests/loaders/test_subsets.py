@@ -35,6 +35,9 @@ class OneMachine:
     local_world: int = 1
     device: torch.device = torch.device("cpu")
 
+    def gather_objects(self, value: object) -> list:
+        return [value] * self.world
+
 
 def choose(rule: str, labels=LABELS, names=NAMES, classes=CLASSES) -> list[int]:
     ids = select(rule, labels=labels, names=lambda: names, classes=classes, path=Path("data/train.beton"))
