@@ -9,6 +9,7 @@ from convert.binaries import CIFAR, STL10, cifar, stl10
 from convert.progress import note
 from convert.sources import SPLITS, Source, from_class_folders, from_flat_folder, images_of
 from convert.tars import TRAIN_TAR, VAL_TAR, imagenet_train, imagenet_val, webdataset
+from loaders.class_folders import check_split
 from loaders.errors import DataError
 
 UNDERSTOOD = (
@@ -46,6 +47,8 @@ def _imagenet(path: Path) -> list[Source]:
     train_tar, val_tar = (path / TRAIN_TAR).is_file(), (path / VAL_TAR).is_file()
     if not any((train.is_dir(), val.is_dir(), train_tar, val_tar)):
         return []
+    for folder in filter(Path.is_dir, (train, val)):
+        check_split(folder)
     if val.is_dir() and not (train.is_dir() or train_tar):
         raise DataError(f"{path} has val/ but no train/. Put the training images into {train}, one folder per class, and convert again.")
     sources = []

@@ -14,6 +14,9 @@ from loaders.errors import DataError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Lower-case endings of the files that count as images, torchvision's list; the case in a file's name does not matter."""
 
+SPLITS = ("train", "val", "test")
+"""Folders beside each other that are no classes."""
+
 
 def scan(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], np.ndarray, list[str]]:
     """Image files below the class folders of `root` (paths relative to it), labels int64 [N], class names; in ImageFolder's
@@ -30,7 +33,7 @@ def scan(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], n
     except OSError as error:
         _unreadable(error)
     if not own:
-        stray = sum(entry.name.lower().endswith(EXTENSIONS) for entry in entries)
+        stray = sum(_is_image(entry.name) for entry in entries)
         raise DataError(
             f"{root} holds {f'{stray:,} images but ' if stray else ''}no class folders. Move each image into a folder named after its "
             "class (ImageNet: unpack the training tars into one folder each, and sort val/ into class folders), then try again."
@@ -53,6 +56,26 @@ def scan(root: Path, classes: Sequence[str] | None = None) -> tuple[list[str], n
     return files, labels, classes
 
 
+def check_split(folder: Path) -> None:
+    """Raise DataError where DIR/train or DIR/val may be a split without labels or one class of DIR among others: it holds images
+    itself, and so do folders beside it."""
+    if not any(_is_image(entry.name) for entry in os.scandir(folder)):
+        return
+    beside = sorted(e.name for e in os.scandir(folder.parent) if e.is_dir() and not e.name.startswith(".") and e.name not in SPLITS)
+    if classes := [
+        name for name in beside if any(_is_image(f) for walk in os.walk(folder.parent / name, followlinks=True) for f in walk[2])
+    ]:
+        raise DataError(
+            f"{folder} may be a split without labels, or a class like {listed(classes)} beside it: all of them hold images. If it is a "
+            f"split, move the others out of {folder.parent}, or pass {folder} itself; if it is a class, move all class folders into one "
+            f"folder, {folder.parent / 'train'} ({folder.parent / 'train' / folder.name}, ...), then try again."
+        )
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
 def _unreadable(error: OSError) -> NoReturn:
     """os.walk would leave such a folder out without a word."""
     raise DataError(
@@ -71,7 +94,7 @@ def listing(folders: Iterable[tuple[str, Sequence[str]]], classes: Sequence[str]
     files: list[str] = []
     labels: list[int] = []
     for folder, names in sorted(folders, key=lambda f: (f[0].partition("/")[0], f[0])):
-        images = [f for f in sorted(names) if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+        images = [f for f in sorted(names) if _is_image(f)]
         files += [f"{folder}/{f}" for f in images]
         labels += [index[folder.partition("/")[0]]] * len(images)
     return files, np.array(labels, np.int64)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from loaders.beton import Beton
-from loaders.class_folders import EXTENSIONS, scan
+from loaders.class_folders import EXTENSIONS, check_split, scan
 from loaders.decoder import Decoder, Samples
 from loaders.errors import DataError
 from loaders.shards import Shards, is_shards, sidecar_path
@@ -118,8 +118,13 @@ def find(path: Path, split: Split, prefer_folder: bool = False) -> Found:
         raise DataError(f"There is no data at {path}. {convert} (or pass another --data.path)")
     if path.is_dir():
         if candidates := _splits(path, split):
-            return candidates[-1 if prefer_folder else 0]
-        if _splits(path, "train") + _splits(path, "val"):
+            found = candidates[-1 if prefer_folder else 0]
+            if found.kind == "folder":
+                check_split(found.path)
+            return found
+        if others := _splits(path, "train") + _splits(path, "val"):
+            if others[-1].kind == "folder":
+                check_split(others[-1].path)
             raise DataError(f"{path} has neither {split}.beton nor {split}-000000.tar nor {split}/. {convert}")
         entries = list(os.scandir(path))
         if not any(entry.is_dir() or entry.name.lower().endswith(EXTENSIONS) for entry in entries):

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from convert.detect import detect
 from fastssl.recipes import center_crop
 from loaders import build, dali, ffcv, torchvision_cuda
 from loaders import open as opening
@@ -447,6 +448,27 @@ def test_where_a_split_lies(tmp_path):
         find(tmp_path / "single", "train")
     with pytest.raises(DataError, match="neither a folder nor a .beton"):
         find(tmp_path / "flat" / "1.JPG", "train")
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_a_class_named_like_a_split_is_not_taken_for_one(tmp_path, name):
+    """COCO and VOC have a class `train`; its folder alone would be a data set without labels, and the other classes left out."""
+    for file in (f"{name}/1.jpg", "bus/1.jpg", "car/deep/1.jpg", "notes/a.txt", ".cache/1.jpg", "test/1.jpg"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(jpeg(picture(0)))
+    for refused in (lambda: find(tmp_path, "train"), lambda: find(tmp_path, "val"), lambda: detect(tmp_path)):
+        with pytest.raises(DataError, match=f"{tmp_path}/{name} may be a split without labels, or a class like bus, car beside it"):
+            refused()
+    assert not has_split(str(tmp_path), "val")
+    with pytest.raises(DataError, match="move all class folders into one folder"):
+        train_loader(tmp_path, batch=1)
+    assert len(train_loader(tmp_path / name, batch=1).ids) == 1
+
+    (tmp_path / "classes" / "train").mkdir(parents=True)
+    for moved in (name, "bus", "car"):
+        (tmp_path / moved).rename(tmp_path / "classes" / "train" / moved)
+    assert train_loader(tmp_path / "classes", batch=1).classes == sorted(["bus", "car", name])
+    assert detect(tmp_path / "classes")[0].classes == sorted(["bus", "car", name])
 
 
 def test_missing_data_names_the_conversion(tmp_path, data, tree):
