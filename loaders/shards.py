@@ -12,9 +12,12 @@ everything else, so no tar is read from start to end.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
+import resource
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -127,6 +130,7 @@ def _open(folder: Path, split: str) -> Shards:
             f"{'missing' if odd[0] in tars else 'not one of them'}. Copy the folder anew if it was copied here. {again}"
         )
 
+    _allow_open_files()
     data, offsets, sizes, index_sum = [], [], [], hashlib.sha256()
     for tar, count, length in zip(tars, counts, lengths, strict=True):
         index = tar.with_suffix(".idx")
@@ -135,6 +139,12 @@ def _open(folder: Path, split: str) -> Shards:
             data.append(np.memmap(tar, np.uint8, mode="r") if actual else np.empty(0, np.uint8))
             text = index.read_bytes()
         except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE):
+                limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+                raise DataError(
+                    f"{path} describes {len(tars):,} tars, and this process may keep only {limit:,} files open. Allow more with "
+                    f"`ulimit -n {len(tars) + 1024}` (where that is refused, an administrator can), or convert to a .beton: one file."
+                ) from e
             raise DataError(f"{tar} or its index {index.name} cannot be read: {e.strerror}. Copy the folder anew, or: {again}") from e
         if actual != length:
             raise DataError(f"{tar} has {actual} bytes instead of {length}. Copy the folder anew if it was copied here. {again}")
@@ -152,6 +162,13 @@ def _open(folder: Path, split: str) -> Shards:
     read_only(mode, height, width, offset, size, label)
     first = np.concatenate([[0], np.cumsum(counts)])
     return Shards(path, tars, first, data, mode, height, width, offset, size, label, sidecar)
+
+
+def _allow_open_files() -> None:
+    """Let this process keep as many files open as it may: maps keep theirs open, and most shells start with 1,024."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _parse(path: Path, text: bytes, count: int, again: str) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import io
 import json
+import os
+import resource
 import tarfile
 from pathlib import Path
 
@@ -97,6 +99,23 @@ def test_back_ends_decode_what_was_stored(folder, backend):
         image = buffer[offset : offset + 3 * int(h) * int(w)].reshape(h, w, 3)
         assert np.abs(image.astype(int) - picture(i)).mean() < 4
     assert decoder.unchecked.tolist() == [i not in (0, 3, 6) for i in range(N)]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_more_tars_than_open_files(tmp_path, monkeypatch, allowed):
+    stored = write(tmp_path, n=120, per_shard=1)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, before[1]))
+    try:
+        if allowed:
+            opened = Shards.open(tmp_path, "train")
+            assert [opened.sample(i).tobytes() for i in (0, 119)] == [stored[0], stored[119]]
+        else:
+            monkeypatch.setattr("loaders.shards._allow_open_files", lambda: None)
+            with pytest.raises(DataError, match=r"train\.json describes 120 tars, .* Allow more with `ulimit -n 1144`"):
+                Shards.open(tmp_path, "train")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 # ------------------------------------------------------------------------------------------------ what does not fit
