@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from fractions import Fraction
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -30,6 +33,7 @@ from loaders.subsets import select
 _log = logging.getLogger(__name__)
 MAX_WORKERS = 12
 """More threads than this bring a batch no earlier, and take cores from the training process."""
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 class Dist(Protocol):
@@ -270,14 +274,31 @@ def _check_same_everywhere(loader: TrainLoader | EvalLoader, path: Path, dist: D
 
 
 def decoder_threads(asked: int, dist: Dist) -> int:
-    """Threads of this rank; 0 asks for the cores divided by the ranks."""
+    """Threads of this rank; 0 asks for its share of the cores, and every rank asks alike.
+
+    A core is shared by the ranks of this machine that may run on it: all of them, or the one that a launcher has bound to it.  They are
+    asked, because neither the parent's cores nor the machine's tell a bound rank from a small container.
+    """
     if asked < 0:
         raise DataError(
             f"There cannot be {asked} decoder threads. Set --workers (train.py: --efficiency.workers) to 0, a share of the cores, or more."
         )
-    cores = len(os.sched_getaffinity(0))
+    mine = os.sched_getaffinity(0)
     if asked == 0:
-        return min(max(1, cores // dist.local_world), MAX_WORKERS)
+        first = dist.rank - dist.rank % dist.local_world
+        sharing = Counter(core for cores in dist.gather_objects(set(mine))[first : first + dist.local_world] for core in cores)
+        share = min(sum(Fraction(1, sharing[core]) for core in mine), _core_quota() / dist.local_world)
+        return min(max(1, int(share)), MAX_WORKERS)
+    cores = len(mine)
     if asked > cores:
         _log.warning("%d decoder threads were asked for, but this process may use %d cores: taking %d.", asked, cores, cores)
     return min(asked, cores)
+
+
+def _core_quota() -> float:
+    """Cores that this container's ranks together may keep busy; infinite without a limit (cgroup v2)."""
+    try:
+        quota, period = CPU_MAX.read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # "max"
+        return math.inf

@@ -513,7 +513,35 @@ def test_more_workers_than_cores_are_fewer_with_a_warning(data, caplog):
     cores = len(os.sched_getaffinity(0))
     loader = train_loader(data, workers=cores + 50)
     assert loader.workers == cores and f"taking {cores}" in caplog.text
-    assert train_loader(data, dist=OneMachine(local_world=10 * cores)).workers == 1
+    assert build.decoder_threads(0, OneMachine(0, 10 * cores, 10 * cores)) == 1
+
+
+@pytest.mark.parametrize(
+    ("masks", "quota", "expected"),
+    [
+        ([range(96)] * 8, "max", 12),  # unbound
+        ([range(96)] * 3, "max", 32),
+        ([range(12)] * 8, "max", 1),  # in a container of 12 cores of a larger machine
+        ([range(12 * r, 12 * r + 12) for r in range(8)], "max", 12),  # cores of its own
+        ([range(48 * (r // 4), 48 * (r // 4) + 48) for r in range(8)], "max", 12),  # a socket for four
+        ([range(8), *[range(8, 96)] * 7], "max", 8),
+        ([range(96)] * 8, "1600000 100000", 2),
+        ([range(96)] * 8, "50000 100000", 1),
+    ],
+)
+def test_ranks_share_the_cores_they_may_run_on(tmp_path, monkeypatch, masks, quota, expected):
+    world = len(masks)
+    monkeypatch.setattr(build, "MAX_WORKERS", 99)
+    monkeypatch.setattr(build, "CPU_MAX", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(masks[0]))
+    if quota != "max":
+        (tmp_path / "cpu.max").write_text(quota)
+
+    class SecondMachine(OneMachine):
+        def gather_objects(self, value: object) -> list:
+            return [set(range(999))] * world + [set(mask) for mask in masks]
+
+    assert build.decoder_threads(0, SecondMachine(world, 2 * world, world)) == expected
 
 
 def test_auto_takes_the_next_back_end_and_says_why_once(data, monkeypatch, caplog):
