@@ -31,19 +31,30 @@ class Unfinished:
         self._made = [p for p in (first.parent, *first.parent.parents) if not p.exists()]
         try:
             first.parent.mkdir(parents=True, exist_ok=True)
-            self.file: BinaryIO = open(os.open(partial(first), os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=1 << 20)
+            self.file = self._locked()
         except OSError as e:
             self._remove_folders()
             raise DataError(f"Cannot write {first}: {e.strerror}. Choose another folder.") from e
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            self.file.close()
-            raise DataError(f"Another process is writing {partial(first)}. Wait for it, or choose another folder.") from e
-        except OSError:
-            pass  # a file system without locks
         self.file.truncate(0)  # what a killed process left
         self._files.append(first)
+
+    def _locked(self) -> BinaryIO:
+        """The first file, open and locked."""
+        name = partial(self._first)
+        while True:
+            file = open(os.open(name, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=1 << 20)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                file.close()
+                raise DataError(f"Another process is writing {name}. Wait for it, or choose another folder.") from e
+            except OSError:
+                return file  # a file system without locks
+            # Between the two calls another process may have finished, and this would be its file.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(name)):
+                    return file
+            file.close()
 
     def create(self, path: Path) -> BinaryIO:
         """Another file of the set, open for writing; `sync` and close it."""
@@ -66,6 +77,7 @@ class Unfinished:
                 # Sidecars first: a crash in between leaves a set whose checksums disagree, never one without its checks.
                 for path in sorted(self._files, key=lambda p: p.suffix != ".json"):
                     os.replace(partial(path), path)
+                    self._files.remove(path)  # the temporary name is free, and may be another process's now
                 for path in stale:
                     path.unlink(missing_ok=True)
         finally:

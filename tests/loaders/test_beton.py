@@ -1,6 +1,7 @@
 """The .beton format: our files in stock FFCV, stock FFCV's files in ours, and every way a file can be broken."""
 
 import ctypes
+import fcntl
 import io
 import json
 import mmap
@@ -18,6 +19,7 @@ from PIL import Image
 from loaders.beton import ALLOCATION, FIELD, HEADER, JPEG, RAW, Beton, BetonWriter
 from loaders.errors import DataError
 from loaders.sidecar import sidecar_path
+from loaders.unfinished import Unfinished, partial
 
 SIZES = [(48, 64), (40, 40), (31, 57), (64, 33), (48, 64)]  # height, width
 
@@ -425,6 +427,42 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, error):
         assert path.with_name("train.beton.partial").exists() and not path.exists()
         raise error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_that_starts_while_another_finishes_leaves_its_file_alone(tmp_path, monkeypatch):
+    """Between the opening of the temporary file and its lock, the other has put that very file in place."""
+    path, lock = tmp_path / "train.beton", fcntl.flock
+
+    def late(file, operation):
+        if not path.exists():
+            partial(path).write_bytes(b"finished")
+            partial(path).rename(path)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    out = Unfinished(path)
+    assert path.read_bytes() == b"finished"
+    out.file.write(b"newer")
+    out.close(complete=True)
+    assert path.read_bytes() == b"newer" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_writer_that_finishes_leaves_the_next_ones_file_alone(tmp_path, monkeypatch):
+    path, replace, begun = tmp_path / "train.beton", os.replace, []
+    first = Unfinished(path)
+
+    def replace_and_begin(*names):
+        replace(*names)
+        if not begun:
+            begun.append(Unfinished(path))
+
+    monkeypatch.setattr(os, "replace", replace_and_begin)
+    first.file.write(b"first")
+    first.close(complete=True)
+    assert path.read_bytes() == b"first" and partial(path).exists()
+    begun[0].file.write(b"second")
+    begun[0].close(complete=True)
+    assert path.read_bytes() == b"second"
 
 
 def test_a_failed_overwrite_keeps_the_old_pair(beton):
