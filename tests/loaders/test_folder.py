@@ -86,6 +86,7 @@ GOOD = {
     "palette.png": lambda: encoded("PNG", picture().quantize(16)),
     "transparent palette.png": transparent_palette,
     "sixteen bit.png": lambda: encoded("PNG", Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 54)),
+    "sixteen bit.tif": lambda: encoded("TIFF", Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 54)),
     "grey alpha.png": lambda: encoded("PNG", picture("LA")),
     "bilevel.png": lambda: encoded("PNG", picture("1")),
     "webp.webp": lambda: encoded("WEBP", picture(), lossless=True),
@@ -127,6 +128,8 @@ BAD = {
     "scribbled.jpg": scribbled,
     "cut.png": lambda: encoded("PNG", picture())[:-60],
     "bomb.png": bomb,
+    "float.tif": lambda: encoded("TIFF", Image.fromarray(np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40))),
+    "integer.tif": lambda: encoded("TIFF", Image.fromarray(np.arange(1200, dtype=np.int32).reshape(30, 40))),
 }
 
 
