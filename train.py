@@ -69,7 +69,7 @@ def train(cfg: RunConfig, dist: Dist) -> State:
     folder, resume = runs.open_run(cfg, dist)
     torch.manual_seed(t.seed)
     state = prepare(build_method(cfg), cfg, dist, loader.steps_per_epoch)
-    state.samples = loader.num_samples
+    state.data, state.samples = loader.digest, loader.num_samples
     checkpoint.check_free_space(state, folder)
     if resume:
         checkpoint.restore(state, resume)

@@ -51,7 +51,7 @@ def export(args: Args) -> str:
     if args.out.exists() and args.out.is_dir() != (not form.suffixes):
         raise CheckpointError(f"{args.out} is {'a folder' if args.out.is_dir() else 'a file'}. Choose another with --out.")
     backbone, about = load_backbone(args.checkpoint, network=args.network)
-    origin = {key: str(about[key]) for key in ("preset", "step", "network") if about[key] is not None}
+    origin = {key: str(about[key]) for key in ("method", "preset", "step", "network") if about[key] is not None}
     exported = Exported(backbone, about["arch"], origin, **(about["normalisation"] or {}))
     if exported.family not in form.families:
         able = ", ".join(name for name, other in FORMATS.items() if exported.family in other.families)
