@@ -31,10 +31,16 @@ log = logging.getLogger("fastssl")
 
 
 def main() -> None:
-    cfg, dry_run = cli.parse_cli()
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    for warning in cli.check(cfg, world):
-        if os.environ.get("RANK", "0") == "0":
+    world, main_rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
+    try:
+        cfg, dry_run = cli.parse_cli()
+        warnings = cli.check(cfg, world)
+    except ConfigError:
+        if main_rank:
+            raise
+        sys.exit(1)  # the first rank says why
+    for warning in warnings:
+        if main_rank:
             log.warning(warning)
     if dry_run:
         print(cli.describe(cfg, world))
@@ -74,8 +80,10 @@ def train(cfg: RunConfig, dist: Dist) -> State:
     if resume:
         checkpoint.restore(state, resume)
     elif t.init_from:
-        checkpoint.initialise(state, Path(t.init_from))
-    runs.describe_run(folder, cfg, dist)
+        found = runs.initialise(state, Path(t.init_from))
+        if dist.is_main:
+            log.info(f"starting from {found}")
+    runs.describe_run(folder, cfg, dist, step=state.step)
     if dist.is_main:
         log.info(
             f"{cfg.preset}: {loader.num_samples} images ({loader.backend}), {loader.steps_per_epoch} steps an epoch, batch "

@@ -232,10 +232,3 @@ def restore(state: State, path: Path) -> None:
         state.scaler.load_state_dict(saved["scaler"])
     state.metrics.load_state_dict(saved["metrics"], state.dist.device)
     state.step = saved["step"]
-
-
-def initialise(state: State, path: Path) -> None:
-    """Start a new run from the weights of `path`."""
-    saved = load(path)
-    check_method(saved, path, state.cfg.method.name)
-    load_weights(state.method, saved, path)

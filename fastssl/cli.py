@@ -11,12 +11,12 @@ import torch
 import tyro
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastssl.config import ConfigError, RunConfig
+from fastssl.config import ConfigError, RunConfig, flags, to_dict
 from fastssl.methods import METHODS, build_method
 from fastssl.presets import DEFAULTS, PRESETS
 
-DESCRIPTION = """Pretrain a backbone.  --method NAME takes that method's default preset, --preset NAME any; every value of it
-is a flag below.  --dry-run prints the resolved values and stops."""
+DESCRIPTION = """Pretrain a backbone.  --method NAME takes that method's default preset, --preset NAME any.  Every value of a preset is a
+flag: --preset NAME --help lists them, --dry-run prints the resolved values and stops."""
 
 
 def parse_cli(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
@@ -34,6 +34,7 @@ def parse_cli(argv: Sequence[str] | None = None) -> tuple[RunConfig, bool]:
         raise ConfigError("Name what to train: --method " + " | ".join(METHODS) + ", or --preset NAME.")
     if known.method is not None:
         check_name("method", known.method, METHODS)
+        check_name("default preset of the method", known.method, DEFAULTS)
     name = known.preset or DEFAULTS[known.method]
     preset = check_name("preset", name, PRESETS)()
     if known.method is not None and preset.method.name != known.method:
@@ -54,8 +55,8 @@ def check_name(kind: str, name: str, table: dict):
     if name in table:
         return table[name]
     near = difflib.get_close_matches(name, table, n=3, cutoff=0.4)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise ConfigError(f"There is no {kind} '{name}'.{hint} Known: {', '.join(table)}.")
+    hint = f"Did you mean {' or '.join(near)}? `python train.py` lists all." if near else f"Known: {', '.join(table)}."
+    raise ConfigError(f"There is no {kind} '{name}'. {hint}")
 
 
 def rank_batch(cfg: RunConfig, world: int) -> int:
@@ -115,7 +116,10 @@ def check(cfg: RunConfig, world: int) -> list[str]:
     if o.min_lr and o.schedule != "dino":
         raise ConfigError(f"--optim.min-lr {o.min_lr} needs --optim.schedule dino: where the cosine of '{o.schedule}' ends is fixed.")
     if not 0 <= o.warmup_epochs < t.epochs:
-        raise ConfigError(f"--optim.warmup-epochs {o.warmup_epochs} must be at least 0 and smaller than --train.epochs {t.epochs}.")
+        raise ConfigError(
+            f"--optim.warmup-epochs {o.warmup_epochs} must be at least 0 and smaller than --train.epochs {t.epochs}. "
+            f"For a run as short as this add --optim.warmup-epochs {t.epochs // 10}."
+        )
     if t.resume not in ("", "auto") and t.init_from:
         raise ConfigError("--train.resume PATH continues a run and --train.init-from starts one: give only one of them.")
     if method.couples_batch and t.accumulation_steps > 1:
@@ -157,19 +161,6 @@ def check_last_batch(batch: int) -> None:
 
 def describe(cfg: RunConfig, world: int) -> str:
     """The resolved values, one flag a line, then what follows from them."""
-    from fastssl.config import to_dict
-
-    def lines(value, path: str):
-        if isinstance(value, dict):
-            for k, v in value.items():
-                yield from lines(v, f"{path}.{k}" if path else k)
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            for i, v in enumerate(value):
-                yield from lines(v, f"{path}.{i}")
-        else:
-            text = " ".join(map(str, value)) if isinstance(value, list) else value
-            yield f"  --{path.replace('_', '-')} {text}" if text != "" else f"  --{path.replace('_', '-')} ''"
-
     values = to_dict(cfg)
     method = values["method"].pop("name")
     o, t = cfg.optim, cfg.train
@@ -185,4 +176,5 @@ def describe(cfg: RunConfig, world: int) -> str:
     for view in values["views"]:
         if view["mask"] is None:  # no flag gives a view a mask
             del view["mask"]
-    return f"preset {cfg.preset} (method {method})\n" + "\n".join(lines(values, "")) + "\nderived\n" + derived
+    resolved = "\n".join(f"  {flag} {text}" for flag, text in flags(values).items())
+    return f"preset {cfg.preset} (method {method})\n{resolved}\nderived\n{derived}"

@@ -180,7 +180,8 @@ class TrainConfig:
     """'auto' (the run folder's checkpoint, if any; an error where numbered runs of the name make it ambiguous) or a checkpoint file:
     everything is restored."""
     init_from: str = ""
-    """Checkpoint whose weights start a new run; optimizer, schedules and step start afresh. With --train.resume auto: unless the run has
+    """Whose weights start a new run: all of a checkpoint of this method, the backbone of any other file that evaluations read; optimizer,
+    schedules and step start afresh. With --train.resume auto: unless the run has
     a checkpoint of its own."""
     max_bad_steps: int = 20
     """Stop with a dump after this many consecutive steps with non-finite gradients (each is skipped and counted)."""
@@ -255,6 +256,21 @@ class RunConfig:
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def flags(values: dict, path: str = "") -> dict[str, str]:
+    """Every leaf of `to_dict`'s result by its flag, as it would be typed: {"--optim.base-lr": "0.3", ...}."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{path}.{key}" if path else key
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            found |= flags(value, name)
+        else:
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            found[f"--{name.replace('_', '-')}"] = text or "''"
+    return found
 
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastssl import checkpoint
-from fastssl.config import ConfigError, RunConfig, to_dict
+from fastssl.config import ConfigError, RunConfig, flags, to_dict
 from fastssl.distributed import Dist
+from fastssl.models.weights import load_backbone
+
+if TYPE_CHECKING:
+    from fastssl.engine import State
+
+log = logging.getLogger("fastssl")
 
 
 def open_run(cfg: RunConfig, dist: Dist) -> tuple[Path, Path | None]:
@@ -60,10 +68,58 @@ def name_asked_for(folder: Path) -> str:
         return ""
 
 
-def describe_run(folder: Path, cfg: RunConfig, dist: Dist) -> None:
-    """config.json: the resolved configuration, versions, commit and device."""
+def initialise(state: State, path: Path) -> str:
+    """Start a new run from the weights of `path`, and say from which.
+
+    A checkpoint of the same method gives all networks.  Any other file that evaluations read (backbone.safetensors, another method's
+    checkpoint, torchvision's, timm's and the papers' weights) gives the backbone, of the target network too; heads start afresh.
+    CheckpointError when it does not fit.
+    """
+    method, cfg = state.method, state.cfg
+    if path.suffix == ".pt" and (saved := _run_of(path)) and saved["method"] == cfg.method.name:
+        checkpoint.load_weights(method, saved, path)
+        return f"all networks of {path}, step {saved['step']}"
+    backbone, about = load_backbone(str(path), arch=cfg.model.arch)
+    for prefix in filter(None, (method.backbone_prefix, method.target_backbone_prefix)):
+        try:
+            method.get_submodule(prefix.rstrip(".")).load_state_dict(backbone.state_dict())
+        except RuntimeError as error:
+            raise checkpoint.CheckpointError(
+                f"{path} does not fit --model.arch {cfg.model.arch} with --model.image-size {cfg.model.image_size} "
+                f"({str(error).splitlines()[1].strip()}). Set both to those of the weights."
+            ) from error
+    return f"the backbone of {path} ({about['arch']}, {about['network']} network); heads start afresh"
+
+
+def _run_of(path: Path) -> dict | None:
+    """The training checkpoint at `path`; None if it is something else."""
+    try:
+        return checkpoint.load(path)
+    except checkpoint.CheckpointError:
+        return None
+
+
+def describe_run(folder: Path, cfg: RunConfig, dist: Dist, *, step: int = 0) -> None:
+    """config.json: the resolved configuration, versions, commit and device.
+
+    A run that is continued with other values says which, and keeps those it had until now as config.until_step<N>.json.
+    """
     if dist.is_main:
+        path = folder / "config.json"
+        if step and (changed := _changes(path, cfg)):
+            path.replace(folder / f"config.until_step{step}.json")
+            log.warning(f"from step {step} on other values hold: {', '.join(changed)}")
         text = json.dumps({"config": to_dict(cfg), "versions": checkpoint.versions(), "world": dist.world}, indent=2)
         temporary = folder / "config.json.partial"
         temporary.write_text(text + "\n")
         temporary.replace(folder / "config.json")
+
+
+def _changes(path: Path, cfg: RunConfig) -> list[str]:
+    """Flags of `cfg` that the config.json at `path` has otherwise; none where it cannot be read."""
+    try:
+        before = flags(json.loads(path.read_text())["config"])
+    except (OSError, ValueError, KeyError):
+        return []
+    now = {flag: text for flag, text in flags(to_dict(cfg)).items() if flag not in ("--train.resume", "--train.init-from")}
+    return [f"{flag} {before.get(flag, '-')} -> {text}" for flag, text in now.items() if before.get(flag) != text]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from fastssl import checkpoint, hooks
+from fastssl import checkpoint, hooks, runs
 from fastssl.checkpoint import CheckpointError
 from fastssl.config import AdamW, EfficiencyConfig, Lars, OptimConfig, Sgd
 from fastssl.distributed import Dist
@@ -72,7 +72,7 @@ def test_weights_alone_start_a_new_run(tmp_path: Path):
     step(trained)
     path = checkpoint.save(trained, tmp_path)
     fresh = new_state()
-    checkpoint.initialise(fresh, path)
+    assert runs.initialise(fresh, path) == f"all networks of {path}, step 1"
     assert fresh.step == 0 and not fresh.optimizer.state
     torch.testing.assert_close(fresh.method.state_dict(), trained.method.state_dict(), rtol=0, atol=0)
 

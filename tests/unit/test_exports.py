@@ -110,6 +110,7 @@ def test_timm_opens_the_folder(runs, tmp_path, arch):
     same(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(images()), backbone_of(arch)(images()).pooled)
     assert json.loads((folder / "config.json").read_text())["fastssl"] == {
         "arch": arch,
+        "method": "dino",
         "preset": "dino_mini",
         "step": "7",
         "network": "target",
