@@ -25,7 +25,7 @@ from fastssl.optim.tables import BLOCK
 TYPES = {
     "*u16": "mid",
     "*u8": "pixels",
-    "*i64": "offset order orders index tensors weights grads buffers sizes owners starts firsts",
+    "*i64": "offset order orders key tensors weights grads buffers sizes owners starts firsts",
     "*i32": "pitch height width",
     "*i1": "flips bicubic whole jitter grey solarize",
     "*fp32": "sums boxes brightness contrast saturation hue sigma mean std table factors parts roots scales found_inf",
