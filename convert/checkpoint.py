@@ -5,6 +5,7 @@ Formats: convert/exports.py.  The file appears under its name only when complete
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,8 @@ def _complete(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         yield partial
+        for file in partial.iterdir() if partial.is_dir() else [partial]:
+            file.chmod(0o666 & ~_umask())  # safetensors lets nobody else read what it writes
         if out.is_dir():
             for file in partial.iterdir():
                 file.replace(out / file.name)
@@ -84,6 +87,12 @@ def _complete(out: Path) -> Iterator[Path]:
             partial.replace(out)
     finally:
         _remove(partial)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def _remove(path: Path) -> None:

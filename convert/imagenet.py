@@ -29,6 +29,9 @@ from convert.verify import verify_set
 from convert.write import Format, Job, OnBad, convert, jobs_for
 from loaders.errors import DataError
 
+SMALL = 50_000
+"""Images below which a first run is suggested with a small preset: an epoch of the published ones has 1,024 and more a step."""
+
 
 def convert_folder(
     source: Path,
@@ -139,7 +142,8 @@ def _say_what_is_missing(source: Path, sources: Sequence[Source], jobs: Sequence
     elif "val" not in splits and all(one.labels is not None for one in sources):
         val = jobs[0].path.with_stem("val")
         stale = "".join(f"; {path} is left as it is" for path in (val.with_suffix(".beton"), val.with_suffix(".json")) if path.exists())
-        note(f"{source} has no val/: only {jobs[0].path.name} is written{stale}. Evaluations need a validation set.")
+        other = " Its test/ is left out; named val/ it would be one." if (source / "test").is_dir() else ""
+        note(f"{source} has no val/: only {jobs[0].path.name} is written{stale}. Evaluations need a validation set.{other}")
 
 
 def next_step(reports: Sequence[Report]) -> str:
@@ -148,7 +152,8 @@ def next_step(reports: Sequence[Report]) -> str:
     splits = {r.split: r.path for r in reports}
     steps = []
     if "train" in splits:
-        steps.append(f"Next: python train.py --method lewel --data.path {folder}")
+        small = next(r.images for r in reports if r.split == "train") < SMALL
+        steps.append(f"Next: python train.py {'--preset simclr_mini' if small else '--method lewel'} --data.path {folder}")
     if "unlabeled" in splits:
         steps.append(f"To train on the unlabelled images: --data.path {splits['unlabeled']}")
     return ". ".join(steps)

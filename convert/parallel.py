@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.pool import ExceptionWithTraceback
 from queue import SimpleQueue
@@ -43,6 +44,7 @@ def usable_workers(workers: int) -> int:
 def _interrupts_held() -> Iterator[None]:
     """Hold Ctrl-C back.  Processes that are started meanwhile inherit that for life, and from their first instruction on: they
     leave it to this process, which gets it afterwards."""
+    resource_tracker.ensure_running()  # the first process would start it, and starting it lets Ctrl-C through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -78,6 +78,7 @@ def save(state: State, folder: Path, *, keep: bool = False) -> Path:
         backbone = {k: v.contiguous() for k, v in state.method.backbone.state_dict().items()}
         temporary = folder / "backbone.partial"
         save_file(backbone, temporary, metadata=description(state))
+        temporary.chmod(last.stat().st_mode)  # the library lets nobody else read it
         temporary.replace(folder / "backbone.safetensors")
         if keep:
             kept = folder / f"checkpoint_ep{round(state.step / state.steps_per_epoch):04d}.pt"
@@ -186,7 +187,7 @@ def load_weights(method: torch.nn.Module, saved: dict, path: Path) -> None:
     try:
         method.load_state_dict(saved["model"])
     except RuntimeError as error:
-        first = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+        first = "; ".join(line.strip()[:150] for line in str(error).splitlines()[1:3])
         raise CheckpointError(
             f"{path} does not fit this model ({first}). Its architecture was set by preset {saved['preset']}: use the same model and "
             f"method flags, or start a new run."

@@ -115,7 +115,7 @@ def find(path: Path, split: Split, prefer_folder: bool = False) -> Found:
         f"python -m convert.imagenet --source DIR --out {path.parent if alone else path}"
     )
     if not path.exists():
-        raise DataError(f"There is no data at {path}. {convert} (or pass another --data.path)")
+        raise DataError(f"There is no data at {path}. {convert}, or pass another path.")
     if path.is_dir():
         if candidates := _splits(path, split):
             found = candidates[-1 if prefer_folder else 0]

@@ -172,7 +172,8 @@ class Order:
         if whole + kept == 0:
             raise DataError(
                 f"The data set has {self.num_samples} images, fewer than one global batch of {global_batch_size}, so no step would "
-                f"ever be complete. Set the global batch size to at most {self.num_samples}, or use more data."
+                f"ever be complete. Use more data, or a batch of at most {self.num_samples} (--train.global-batch-size; of evaluations "
+                "--batch)."
             )
         self.steps_per_epoch = whole + kept
         self._last = -(-rest // multiple_of) * multiple_of if kept else global_batch_size

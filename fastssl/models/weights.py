@@ -45,6 +45,9 @@ def load_backbone(checkpoint: str, *, arch: str | None = None, network: Network 
     if checkpoint.startswith("random:"):
         return _random(checkpoint, arch, about)
     path = Path(checkpoint)
+    if path.is_dir():
+        held = ", ".join(sorted(str(p) for suffix in ("pt", "pth", "safetensors", "bin") for p in path.glob(f"*.{suffix}")))
+        raise CheckpointError(f"{path} is a folder. Give a file{f' in it: {held}' if held else f': {KNOWN}'}.")
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint at {path}. Give {KNOWN}.")
     saved, metadata = _read(path)

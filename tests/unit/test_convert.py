@@ -290,7 +290,7 @@ def test_command_line(source, tmp_path):
     val = Beton.open(tmp_path / "out" / "val.beton")
     assert val.label.tolist() == [1] and val.classes == ["cat", "dog"]  # the training set's index
     assert "10 images of 2 classes" in done.stdout and "1 images of 1 classes" in done.stdout
-    assert f"python train.py --method lewel --data.path {tmp_path / 'out'}" in done.stdout
+    assert f"python train.py --preset simclr_mini --data.path {tmp_path / 'out'}" in done.stdout
 
     before = (tmp_path / "out" / "train.beton").stat()
     again = cli("--source", source, "--out", tmp_path / "out")

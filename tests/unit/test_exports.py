@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import resource
 from functools import lru_cache
@@ -100,6 +101,18 @@ def test_vit_loads_in_timm_and_torchvision(runs, tmp_path):
     model.heads = nn.Identity()
     model.load_state_dict(torch.load(exported(runs, "vit_tiny_patch16", "torchvision", tmp_path / "t.pth")))
     same(model(images(224)), expected.pooled)
+
+
+def test_others_may_read_an_export(runs, tmp_path):
+    before = os.umask(0o022)
+    try:
+        files = [
+            exported(runs, "resnet18", "safetensors", tmp_path / "b.safetensors"),
+            *exported(runs, "resnet18", "huggingface", tmp_path / "f").iterdir(),
+        ]
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {"0o644"}
 
 
 @torch.no_grad()
