@@ -21,7 +21,7 @@ from fastssl.distributed import Dist, data_parallel
 from fastssl.method import Method, StepOutput
 from fastssl.metrics import Metrics, Record
 from fastssl.models.features import Backbone
-from fastssl.models.norm import FiniteStatistics, broadcast_running_statistics
+from fastssl.models.norm import RunningStatistics
 from fastssl.optim.build import build_optimizer, build_schedules, set_scalars
 from fastssl.optim.clip import clip_each_
 from fastssl.optim.schedules import Sched, Schedules
@@ -78,7 +78,7 @@ class State:
     schedules: Schedules
     dtype: torch.dtype
     steps_per_epoch: int
-    statistics: FiniteStatistics
+    statistics: RunningStatistics
     compiled: bool = False
     """Whether the first steps compile."""
     step: int = 0
@@ -144,7 +144,7 @@ def prepare(method: Method, cfg: RunConfig, dist: Dist, steps_per_epoch: int) ->
     scaler = torch.amp.GradScaler(dist.device.type, init_scale=2.0**16 if fp16 else 1.0, growth_interval=2000 if fp16 else 2**31 - 1)
     schedules = build_schedules(cfg, steps_per_epoch)
     return State(
-        cfg, dist, method, model, optimizer, scaler, schedules, dtype, steps_per_epoch, FiniteStatistics(method), compiled=compiled
+        cfg, dist, method, model, optimizer, scaler, schedules, dtype, steps_per_epoch, RunningStatistics(method), compiled=compiled
     )
 
 
@@ -156,9 +156,9 @@ def train_step(state: State, micro_batches: Sequence[Views] | Iterator[Views]) -
     set_scalars(state.optimizer, sched)
     state.method.before_step(sched)
     update_targets(state.method, sched, "before_forward")
-    if state.dist.world > 1 and state.cfg.model.norm in ("eman", "shuffle"):
-        broadcast_running_statistics(state.method)
     state.statistics.keep()
+    if state.dist.world > 1 and state.cfg.model.norm in ("eman", "shuffle"):
+        state.statistics.take_rank_zeros()
     out = forward_backward(state, iter(micro_batches), sched)
     state.statistics.mend()
     state.scaler.unscale_(state.optimizer)

@@ -130,10 +130,11 @@ def statistics_of_rank_zero(module: nn.Module) -> Iterator[None]:
         torch._foreach_copy_(stats, own)
 
 
-class FiniteStatistics:
-    """Keeps a forward pass that overflows out of the running statistics: its step is skipped, but they would never be finite again.
+class RunningStatistics:
+    """The running statistics of a network that lies where it stays: looked up once, which takes the host longer than what is done.
 
-    No host synchronisation.  The tensors are looked up once: for networks that lie where they stay.
+    Around every training pass: `keep`, with policies whose statistics are rank 0's `take_rank_zeros`, and afterwards `mend`.  No
+    host synchronisation.
     """
 
     def __init__(self, module: nn.Module):
@@ -153,8 +154,16 @@ class FiniteStatistics:
             torch._foreach_copy_(self._views[0], self._statistics)
 
     @torch.no_grad()
+    def take_rank_zeros(self) -> None:
+        """What rank 0 has kept, on every rank, in one broadcast (see `broadcast_running_statistics`)."""
+        if self._statistics:
+            dist.broadcast(self._before, src=0)
+            torch._foreach_copy_(self._statistics, self._views[0])
+
+    @torch.no_grad()
     def mend(self) -> None:
-        """What is not finite becomes what was kept."""
+        """What is not finite becomes what was kept: the step of a forward pass that overflows is skipped, but no later one would ever
+        make the statistics finite again."""
         if self._statistics:
             torch._foreach_copy_(self._views[1], self._statistics)
             torch.where(self._after.isfinite(), self._after, self._before, out=self._after)
