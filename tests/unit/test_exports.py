@@ -290,4 +290,4 @@ def test_what_does_not_go_together_is_refused(runs, tmp_path, capsys):
         main(["nowhere.pt", "--format", "timm", "--out", str(tmp_path / "x.pth")])
     assert not list(tmp_path.iterdir())
     main([runs["resnet18"], "--format", "timm", "--out", str(tmp_path / "x.pth")])
-    assert "resnet18, preset dino_mini, step 7, network target" in capsys.readouterr().out
+    assert "resnet18, method dino, preset dino_mini, step 7, network target" in capsys.readouterr().out
