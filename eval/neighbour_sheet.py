@@ -14,7 +14,8 @@ from eval.extract import Part
 from eval.neighbours import search
 from eval.results import together
 from fastssl.distributed import Dist
-from fastssl.pictures import CAPTION, CELL, COLOURS, FRAME, GAP, MARGIN, framed, write
+from fastssl.files import whole
+from fastssl.pictures import CAPTION, CELL, COLOURS, FRAME, GAP, MARGIN, framed
 from loaders.build import EvalLoader
 from loaders.geometry import Geometry
 
@@ -37,7 +38,7 @@ def draw(path: Path, bank: Part, query: Part, *, title: str, dist: Dist) -> None
             columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
             order = columns[0].argsort()
             page = sheet(title, bank.loader, query.loader, *(column[order] for column in columns), dist)
-            write(path, lambda partial: page.save(partial, format="PNG"))
+            whole(path, lambda partial: page.save(partial, format="PNG"))
 
 
 def sheet(

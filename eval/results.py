@@ -12,6 +12,7 @@ from pathlib import Path
 from fastssl.checkpoint import CheckpointError
 from fastssl.config import ConfigError
 from fastssl.distributed import Dist
+from fastssl.files import whole
 from loaders.errors import DataError
 
 FOLLOWS = ("milestones", "warmup_epochs", "k")
@@ -122,12 +123,8 @@ def together(dist: Dist, path: Path) -> Iterator[None]:
 
 def write_result(path: Path, result: dict) -> None:
     """Write one evaluation's JSON; the file appears under its name only when complete."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    whole(path, lambda partial: partial.write_text(text))
 
 
 def publish(result: dict, lines: Sequence[str], out: Path | None, dist: Dist, *, trained: bool = False) -> None:

@@ -27,6 +27,7 @@ from fastssl.augment.show import as_batch, check_out, decode, device_named
 from fastssl.checkpoint import CheckpointError
 from fastssl.config import ConfigError, EvalConfig, RunConfig, from_dict
 from fastssl.distributed import Dist
+from fastssl.files import whole
 from fastssl.method import Method
 from fastssl.methods import METHODS, build_method
 from fastssl.methods.lewel import LEWEL
@@ -35,7 +36,7 @@ from fastssl.methods.scfs import SCFS
 from fastssl.models.backbones import MOCOV3_VITS, VITS
 from fastssl.models.vit import ViT
 from fastssl.models.weights import load_backbone
-from fastssl.pictures import CAPTION, GAP, MARGIN, write
+from fastssl.pictures import CAPTION, GAP, MARGIN
 from fastssl.presets import PRESETS
 from fastssl.views import CenterCrop, Photometric, View, ViewSpec
 from loaders.build import EvalLoader
@@ -246,7 +247,7 @@ def visualize(args: Args) -> str:
     with torch.no_grad():
         text, blocks = subject.draw(batch, views)
     page = sheet(f"{args.checkpoint}   {about}", text, names, images, blocks)
-    write(out, lambda partial: page.save(partial, format="PNG"))
+    whole(out, lambda partial: page.save(partial, format="PNG"))
     return f"{out}: {len(blocks[0].panels)} pictures of each of {len(images)} images; {about}"
 
 

@@ -7,13 +7,14 @@ written under a temporary name and renamed, so a viewer never meets half a pictu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fastssl.batch import ImageBatch, Views
+from fastssl.files import whole
 from fastssl.metrics import Record, read_jsonl
 from fastssl.views import Photometric, ViewSpec
 
@@ -30,16 +31,6 @@ MARKERS_UP_TO = 40
 """A line of few points shows them."""
 TITLE_ABOVE_EPOCHS = 24
 """Points."""
-
-
-def write(path: Path, save: Callable[[Path], None]) -> None:
-    """save(a temporary name), then rename it to `path`; nothing is left of a failure."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ views.png
@@ -70,7 +61,7 @@ def save_views(batch: ImageBatch, views: Views, spec: ViewSpec, path: Path, samp
             caption = f"view {v + 1}   {pixels.shape[1]} px" + ("   flipped" if flips[i][v] else "")
             draw.text((left, top), caption, fill="black", font=font)
             page.paste(framed(picture(pixels[i]), CELL, v), (left, top + CAPTION))
-    write(path, lambda partial: page.save(partial, format="PNG"))
+    whole(path, lambda partial: page.save(partial, format="PNG"))
 
 
 def pixels_of_views(views: Views) -> Iterator[tuple[int, torch.Tensor]]:
@@ -172,7 +163,7 @@ def save_curves(metrics_jsonl: Path, path: Path) -> None:
         epochs.tick_params(labelsize=8, colors="#777777")
         epochs.spines["top"].set_color("#bbbbbb")
         epochs.set_xlabel("epoch", fontsize=8, color="#777777")
-    write(path, lambda partial: figure.savefig(partial, format="png"))
+    whole(path, lambda partial: figure.savefig(partial, format="png"))
 
 
 def _series(records: list[Record]) -> dict[str, tuple[list[float], list[float]]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fastssl import checkpoint
 from fastssl.config import ConfigError, RunConfig, flags, to_dict
 from fastssl.distributed import Dist
+from fastssl.files import whole
 from fastssl.models.weights import load_backbone
 
 if TYPE_CHECKING:
@@ -110,9 +111,7 @@ def describe_run(folder: Path, cfg: RunConfig, dist: Dist, *, step: int = 0) -> 
             path.replace(folder / f"config.until_step{step}.json")
             log.warning(f"from step {step} on other values hold: {', '.join(changed)}")
         text = json.dumps({"config": to_dict(cfg), "versions": checkpoint.versions(), "world": dist.world}, indent=2)
-        temporary = folder / "config.json.partial"
-        temporary.write_text(text + "\n")
-        temporary.replace(folder / "config.json")
+        whole(path, lambda partial: partial.write_text(text + "\n"))
 
 
 def _changes(path: Path, cfg: RunConfig) -> list[str]:

@@ -12,7 +12,8 @@ from pycocotools import mask as rle
 from eval.detection.annotations import DetectionSet, Object, Photo
 from eval.detection.data import decode
 from eval.detection.results import Found
-from fastssl.pictures import CAPTION, COLOURS, GAP, MARGIN, write
+from fastssl.files import whole
+from fastssl.pictures import CAPTION, COLOURS, GAP, MARGIN
 
 IMAGES, HEIGHT, WIDEST = 6, 280, 420
 """Photos on the sheet, and pixels of each."""
@@ -40,7 +41,7 @@ def draw(path: Path, data: DetectionSet, found: Sequence[Found], *, title: str) 
             left = MARGIN + column * (WIDEST + GAP)
             pen.text((left, top), words, fill="#555555", font=font)
             page.paste(_marked(image, drawn, font), (left, top + CAPTION))
-    write(path, lambda partial: page.save(partial, format="PNG"))
+    whole(path, lambda partial: page.save(partial, format="PNG"))
 
 
 def _annotated(photo: Photo, data: DetectionSet) -> Iterable[Mark]:

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from eval.segmentation.training import Segmentation
-from fastssl.pictures import CAPTION, GAP, MARGIN, write
+from fastssl.files import whole
+from fastssl.pictures import CAPTION, GAP, MARGIN
 
 HEIGHT = 160
 """Pixels of a picture."""
@@ -46,7 +47,7 @@ def draw(path: Path, run: Segmentation, count: int = 6) -> None:
             left = MARGIN + column * (picture.width + GAP)
             drawing.text((left, top), caption[: round(picture.width / CHARACTER)], fill="black", font=font)
             page.paste(picture, (left, top + CAPTION))
-    write(path, lambda partial: page.save(partial, format="PNG"))
+    whole(path, lambda partial: page.save(partial, format="PNG"))
 
 
 def _named(label: np.ndarray, names: tuple[str, ...] | None) -> str:

@@ -26,7 +26,8 @@ from fastssl.augment.draws import HUE, ColourDraws, ColourParams
 from fastssl.batch import ImageBatch
 from fastssl.cli import check_name
 from fastssl.config import ConfigError
-from fastssl.pictures import CAPTION, COLOURS, FRAME, GAP, MARGIN, denormalise, framed, picture, pixels_of_views, with_boxes, write
+from fastssl.files import whole
+from fastssl.pictures import CAPTION, COLOURS, FRAME, GAP, MARGIN, denormalise, framed, picture, pixels_of_views, with_boxes
 from fastssl.recipes import RECIPES
 from fastssl.views import PatchCrop, ViewSpec
 from loaders.errors import DataError
@@ -272,7 +273,7 @@ def show(args: Args) -> str:
         f"absolute differences in grey levels of 0..255, drawn {AMPLIFIED} times as large"
     )
     page = sheet(title, [path.name for path in args.images], images, of_images)
-    write(out, lambda partial: page.save(partial, format="PNG"))
+    whole(out, lambda partial: page.save(partial, format="PNG"))
     differences = [card.difference for of_image in of_images for card in of_image]
     mean, largest = sum(float(d.mean()) for d in differences) / len(differences), max(float(d.max()) for d in differences)
     return f"{out}: {len(differences)} pictures; Pillow's differ by {mean:.2f} grey levels in the mean, {largest:.1f} at most"

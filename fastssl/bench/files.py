@@ -6,24 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from fastssl.files import whole
+
 
 def write_json(result: dict, path: Path) -> None:
     """The JSON, in a folder that is made if need be; never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _whole(path, lambda p: p.write_text(json.dumps(result, indent=1) + "\n"))
+    whole(path, lambda p: p.write_text(json.dumps(result, indent=1) + "\n"))
 
 
 def write(result: dict, path: Path, save_plot: Callable[[dict, Path], None]) -> None:
     """The JSON, and the plot of the same name."""
     write_json(result, path)
-    _whole(path.with_suffix(".png"), lambda p: save_plot(result, p))
-
-
-def _whole(target: Path, save: Callable[[Path], object]) -> None:
-    """The file appears under its name when `save` is done with it."""
-    partial = target.with_name(target.name + ".partial")
-    try:
-        save(partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    whole(path.with_suffix(".png"), lambda p: save_plot(result, p))
