@@ -136,7 +136,7 @@ def at_hand(bank: Bank, device: torch.device) -> Bank:
 
 
 def trained(found: Mapping[str, Part], protocol: LogisticRegression, args: Args, dist: Dist) -> dict[str, object]:
-    """The numbers, percent; the other ranks are at a barrier after each epoch.  ConfigError when the regression diverges."""
+    """The numbers, percent; the other ranks are told after each epoch that it goes on.  ConfigError when the regression diverges."""
     train, val = (at_hand(found[name].store.bank(), dist.device) for name in ("train", "val"))
     loaders = {name: part.loader for name, part in found.items()}
     head = new_head(train.features.shape[1], checked_classes(loaders["train"], loaders["val"], args.data), protocol, args.seed)
@@ -145,7 +145,7 @@ def trained(found: Mapping[str, Part], protocol: LogisticRegression, args: Args,
         def after(epoch: Epoch) -> None:
             bar.update()
             bar.set_postfix_str(f"loss {epoch.loss:.3f}, top-1 {epoch.val.top1[0]:.2f} %")
-            dist.barrier()
+            dist.broadcast_object(False)
 
         epochs = fit(head.to(dist.device), train, val, protocol, after)
     top1, top5 = ([top[0] for top in tops] for tops in zip(*((e.val.top1, e.val.top5) for e in epochs), strict=True))
@@ -169,10 +169,13 @@ def run(args: Args, dist: Dist) -> None:
     result, lines = {}, []
     with together(dist, folder):
         if dist.is_main:
-            result = trained(found, protocol, args, dist)
+            try:
+                result = trained(found, protocol, args, dist)
+            finally:
+                dist.broadcast_object(True)  # whatever happened
         else:
-            for _ in range(protocol.epochs):  # a process group gives up where ranks wait for half an hour
-                dist.barrier()
+            while not dist.broadcast_object(None):  # a process group gives up where ranks wait for half an hour
+                pass
     if dist.is_main:
         how = {n: getattr(protocol, n) for n in ("epochs", "batch", "lr", "weight_decay")} | {"seed": args.seed} | shown(args, recipe)
         sizes = {f"num_{part}": f.loader.num_samples for part, f in found.items()}
